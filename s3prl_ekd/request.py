@@ -31,6 +31,7 @@ from .files.renamed_keys import rename_overrides
 from .files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
 from .system import torchrun
 from .system.lock import LOCK_FILE, FolderLock
+from .system.seeds import seed_number
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Request:
     config: str | None = _option("c")
     expname: str | None = _option("n")
     expdir: str | None = _option("p")
-    seed: int | None = _option(kind=int)
+    seed: int | None = _option(kind=seed_number)
     override: str | None = _option("o")
     auto_resume: bool = _option("a", False, bool)
     device: str | None = _option()
@@ -364,6 +365,7 @@ def check_and_resume(
     if request.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     check_passthrough(request)
+    check_name(request)
     for check in option_checks:
         check(request)
     request = request.resumed()
@@ -402,6 +404,22 @@ def check_passthrough(request: Request) -> None:
             )
             guess = f"did you mean {close[0]}?" if close else f"see {request.SCRIPT} -h"
             raise SetupError(f"unknown option {name}; {guess}")
+
+
+def check_name(request: Request) -> None:
+    """Raise SetupError for ``-o args.expname``, which comes too late to name a folder."""
+    if "expname" in argument_overrides(request.override):
+        raise SetupError("-o args.expname has no effect; name the run with -n, or a folder with -p")
+
+
+def check_seed(request: Request, states: Mapping[str, Any]) -> None:
+    """Raise SetupError for another ``--seed`` than that of the checkpoint, which s3prl uses."""
+    seed = getattr(states.get("Args"), "seed", None)
+    if None not in (seed, request.seed) and seed != request.seed:
+        raise SetupError(
+            f"--seed {request.seed}: the run of {request.past_exp} has the seed {seed}; leave it "
+            "out, or start another run"
+        )
 
 
 def check_device(request: Request, states: Mapping[str, Any]) -> None:

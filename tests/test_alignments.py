@@ -74,3 +74,7 @@ def test_the_order_of_utterances_does_not_change_an_alignment(manifest, tmp_path
 def test_without_pronunciations_the_error_says_what_to_add(manifest, tmp_path, capsys):
     message = error_of(capsys, "prepare", "alignments", manifest, "-o", tmp_path / "out")
     assert "--lexicon" in message
+    (tmp_path / "other.txt").write_text("ZEBRA\tZ IY1 B R AH0\n")
+    argv = ("prepare", "alignments", manifest, "-o", tmp_path / "out")
+    message = error_of(capsys, *argv, "--lexicon", tmp_path / "other.txt")
+    assert "no pronunciation of" in message

@@ -127,6 +127,22 @@ def test_failed_folder_keeps_the_previous_one(tmp_path):
             pass
 
 
+def test_a_folder_is_in_place_before_the_previous_one_is_removed(tmp_path, monkeypatch):
+    with atomic.atomic_folder(tmp_path / "x") as folder:
+        (folder / "a").touch()
+    removed, remove = [], atomic.shutil.rmtree
+
+    def remove_watched(path, *args, **kwargs):
+        if (path / "a").exists():
+            removed.append((tmp_path / "x/b").exists())
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", remove_watched)
+    with atomic.atomic_folder(tmp_path / "x") as folder:
+        (folder / "b").touch()
+    assert removed == [True] and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_write_error_has_the_filename(tmp_path):
     with pytest.raises(OSError) as caught, atomic.atomic_file(tmp_path / "x"):
         raise OSError(28, "No space left on device")

@@ -318,6 +318,16 @@ def test_an_upstream(files, capsys):
     assert re.search(r"^parameters +0$", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_only_a_report_of_the_command_is_replaced(tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    out.write_text('{"mine": 1}')
+    assert str(out) in error_of(capsys, "cost", "-u", "fbank", "-o", out)
+    assert out.read_text() == '{"mine": 1}'
+    out.unlink()
+    for _ in range(2):
+        assert run("-u", "fbank", "-o", out) == 0
+
+
 def test_errors(files, tmp_path, capsys):
     assert re.search("PACKAGE_DIR.*-u NAME", error_of(capsys, "cost"))
     package = files / "package"

@@ -14,12 +14,12 @@ from safetensors.torch import load, load_file
 
 import s3prl_ekd
 from s3prl_ekd.cli import main
-from s3prl_ekd.commands.features import choose_device
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.export.features import choose_layers, collect_audio, write_features
 from s3prl_ekd.files.safetensors_file import SafetensorsWriter
 from s3prl_ekd.student_file import LoadedStudent, write_student
+from s3prl_ekd.system.devices import choose_device
 
 from .conftest import command, make_sound, run_python
 

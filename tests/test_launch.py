@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 from s3prl_ekd.cli import main
 from s3prl_ekd.errors import CheckpointError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
-from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.launch import run_downstream, run_pretrain
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.student_file import load_student
@@ -277,6 +277,29 @@ def test_local_rank_reaches_s3prls_script(tmp_path, monkeypatch, options, enviro
     base = ["-u", "fbank", "--device", "cpu"]
     argv = DownstreamRequest.parse([*base, *options]).argv()
     assert sorted(argv) == sorted([*base, *expected]) and " ".join(expected) in " ".join(argv)
+
+
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        ("-m train -n evaluate -u fbank -d asr", r"add -a to resume"),
+        ("-m train -e runs/a/states-5.ckpt", r"-e runs/a$"),
+        ("-m train -e runs/a", r"-e runs/a$"),
+        ("-m evaluate -e runs/a/states-5.ckpt -t test", r"Ctrl-C$"),
+    ],
+)
+def test_what_to_type_after_ctrl_c(argv, hint, tmp_path, monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    (tmp_path / "runs/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("s3prl_ekd.downstream.run.prepare", interrupted)
+    monkeypatch.setattr(sys, "argv", ["run_downstream.py", *argv.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_downstream()
+    assert stop.value.code == 130
+    assert re.search(hint, capsys.readouterr().err.strip())
 
 
 def test_broken_pipe(tmp_path):

@@ -1,5 +1,6 @@
 """Phone recognition: vocabulary, lexicon, preparation, and both commands over a tiny corpus."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -202,3 +203,11 @@ def test_real_speech(tmp_path):
     data = dataset(out, split="test-clean")
     phones = sorted(TOKENIZER.decode(text) for text in data.text)
     assert phones == sorted(row["phones"] for row in rows if row["split"] == "test")
+
+
+def test_the_folder_appears_with_its_lexicon(tmp_path, monkeypatch, capsys):
+    def full_disk(path, pronunciations):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("s3prl_ekd.prepare.pr.write_lexicon", full_disk)
+    assert "No space left" in prepare_fails(capsys, make_manifest(tmp_path), tmp_path / "out")

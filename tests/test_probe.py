@@ -191,7 +191,8 @@ def test_intervals_cover_utterances_and_are_paired():
     [
         (["path\tsplit", "a.flac\ttrain"], "no labels"),
         (["path\tsplit\tsegments", "a.flac\ttrain\tAA:1-2"], "line 2: a segment must be"),
-        (["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttest\ty"], "nothing can be probed"),
+        (["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttest\ty"], "speakers or more"),
+        (["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttrain\ty"], "split test"),
     ],
 )
 def test_bad_manifests_are_explained(tmp_path, lines, problem):

@@ -182,6 +182,8 @@ def test_the_page_has_the_output_of_the_dry_run(tmp_path, monkeypatch, capsys):
         (["ekd960", "--steps", "1"], ["--steps", "got 1"]),
         (["ekd960", "--updates-per-second", "0"], ["--updates-per-second", "got 0"]),
         (["ekd960", "--tasks", "sid"], ["--tasks sid", "--voxceleb1"]),
+        (["ekd960", "--tasks", "all"], ["--tasks sid", "--voxceleb1"]),
+        (["ekd960", "--tasks", "asv"], ["'asv'", "pr, sid, er, asr"]),
         (["ekd960", "--jobs", "999"], ["999 GPUs", "--jobs 999", "--tiny"]),
         (["ekd960", "--lexicon", "none.txt"], ["--lexicon", "none.txt"]),
     ],

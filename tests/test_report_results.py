@@ -158,6 +158,16 @@ def test_runs_that_are_not_comparable_are_an_error(tmp_path):
         read_results([one, folder])
 
 
+def test_a_model_under_two_paths_is_one_model(tmp_path):
+    """Its digest decides, and the path only in records of old versions, which have none."""
+    write_run(tmp_path / "one", "student", "pr", PAIRS, model="a")
+    moved = write_run(tmp_path, "student", "sid", PAIRS, model="a", checkpoint="/elsewhere.pt")
+    assert len(read_results([tmp_path / "one", moved]).runs) == 2
+    changed = write_run(tmp_path, "student", "asr", PAIRS, model="b")
+    with pytest.raises(EkdError, match="different models"):
+        read_results([tmp_path / "one", changed])
+
+
 def selections_of(root):
     return select_best_lr(read_results([root]).runs)
 

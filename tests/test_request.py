@@ -6,6 +6,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,13 @@ from s3prl_ekd import launch
 from s3prl_ekd.compat import voxceleb1_cache
 from s3prl_ekd.downstream.run import downstream_guards
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.request import CacheOptions, DownstreamRequest, NoisyTest, PretrainRequest
+from s3prl_ekd.request import (
+    CacheOptions,
+    DownstreamRequest,
+    NoisyTest,
+    PretrainRequest,
+    check_seed,
+)
 from s3prl_ekd.workspace import write_workspace
 
 DOWNSTREAM = {
@@ -88,6 +95,8 @@ def test_parse_inverts_command():
     [
         ("-e", ["-m", "train", "-e"]),
         ("--seed", ["--seed", "x"]),
+        ("--seed", ["--seed=-1"]),
+        ("--seed", ["--seed", str(2**32)]),
         ("--auto_resume", ["--auto_resume=yes"]),
         ("-o", ["-o", "-p"]),
     ],
@@ -169,6 +178,7 @@ def test_three_frames_of_ours_above_s3prls_script(tmp_path, monkeypatch, name):
     "module, argv, text",
     [
         ("downstream", "-m train -u fbank -n x", "-d asr"),
+        ("downstream", "-m train -u fbank -d asr -o args.expname='x'", "-n"),
         ("downstream", "-m train -u fbank -d asr -n x", "downstream/asr/config.yaml"),
         ("downstream", "-m train --noise a --snr 5", "-m evaluate"),
         ("downstream", "-m train -u ekd_student -k none.pt", "none.pt"),
@@ -186,3 +196,11 @@ def test_options_are_checked_before_torch_is_imported(tmp_path, module, argv, te
     )
     message, torch_imported = result.stdout.splitlines()
     assert text in message and torch_imported == "False"
+
+
+def test_a_resumed_run_has_the_seed_of_its_checkpoint():
+    states = {"Args": Namespace(seed=3)}
+    with pytest.raises(SetupError, match=r"--seed 7\b.*\b3\b"):
+        check_seed(PretrainRequest(seed=7, past_exp="states-1.ckpt"), states)
+    for seed in (None, 3):
+        check_seed(PretrainRequest(seed=seed, past_exp="states-1.ckpt"), states)

@@ -635,6 +635,12 @@ def test_superb_trains_tests_reports_and_packs(work):
     ]
     assert row["metric"] == "der" and float(row["value"]) == pytest.approx(min(rates), abs=1e-3)
     assert float(row["value"]) < 60
+    shutil.rmtree(folder / "scoring/predictions")  # tested again
+    (folder / "scoring/predictions").mkdir()
+    command(*argv, "--steps", "30", "--lr", "0.02", cwd=work)
+    assert len(predictions(folder)) == 3
+    shutil.rmtree(folder / "scoring/predictions")
+    command(*argv, "--steps", "30", "--lr", "0.02", cwd=work)
     command("predict-zip", "out", "-o", "p.zip", "--partial", cwd=work)
     with zipfile.ZipFile(work / "p.zip") as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}

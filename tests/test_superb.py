@@ -12,7 +12,7 @@ from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
 from s3prl_ekd.downstream.tasks import choose_tasks
-from s3prl_ekd.errors import DataError, SetupError
+from s3prl_ekd.errors import ConfigError, DataError, SetupError
 from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.superb import plan as superb_plan
 from s3prl_ekd.superb import run as superb
@@ -54,7 +54,8 @@ def test_parse_upstream(tmp_path, monkeypatch):
     )
     heads = parse_upstream("student.pt", "hidden_states_and_heads")
     assert heads.selection == "hidden_states_and_heads"
-    for text in ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt"):
+    wrong = ("nothing.pt", "a=hubert_local:nothing.pt", "../x=student.pt", ".x=student.pt")
+    for text in (*wrong, "fbnk", "ekd_student"):
         with pytest.raises(SetupError, match=re.escape(text)):
             parse_upstream(text)
 
@@ -136,6 +137,14 @@ def test_learning_rates_of_a_search(in_superb_workspace, tmp_path):
     override = ["sid=config.optimizer={'name':'Adam'}"]
     with pytest.raises(SetupError, match=r"tiny\.yaml: optimizer\.lr"):
         plan_runs(tmp_path, "fbank", tasks=["sid"], lr=["search"], override=override)
+    with pytest.raises(SetupError, match="--lr .*1e-3,0.001"):  # two runs in one folder
+        plan_runs(tmp_path, "fbank", tasks=["sid"], lr=["1e-3,0.001"])
+    for option, text in (("lr", "asr=1e-3"), ("steps", "asr=4"), ("override", "asr=config.a=1")):
+        with pytest.raises(SetupError, match=rf"--{option} asr=.*--tasks"):
+            plan_runs(tmp_path, "fbank", tasks=["sid"], **{option: [text]})
+    with pytest.raises(ConfigError, match="did you mean total_steps"):
+        override = ["config.runner.totl_steps=5"]
+        plan_runs(tmp_path, "fbank", tasks=["sid"], override=override)
     for option in ("lr", "steps"):
         with pytest.raises(SetupError, match=rf"--{option} qbe=3\b.*qbe"):
             plan_runs(tmp_path, "fbank", **{option: ["qbe=3"]})

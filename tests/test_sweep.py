@@ -78,4 +78,8 @@ def test_errors(tmp_path):
     argv = ("pretrain/ekd/tiny/dp_hubert.yaml", "-c", "pretrain/ekd/tiny_runner.yaml")
     done = command("sweep", *argv, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "FusedAdamW" in done.stderr  # before any run
+    (tmp_path / "mine.csv").write_text("a,b\n")
+    argv = ("pretrain/ekd/tiny_model.yaml", "-c", "pretrain/ekd/tiny_runner.yaml")
+    done = command("sweep", *argv, "--csv", "mine.csv", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "mine.csv" in done.stderr
     assert not (tmp_path / "result").exists()

@@ -176,6 +176,14 @@ def test_pickle_of_another_protocol(tmp_path):
         trust.read_option([])
 
 
+def test_a_text_file_is_not_called_dangerous(tmp_path):
+    path = tmp_path / "table.pt"
+    path.write_text("path\tsplit\na.flac\ttrain\n")
+    with pytest.raises(CheckpointError, match="not a torch file") as raised:
+        safe_load(path)
+    assert "trust" not in str(raised.value)
+
+
 def test_valid_handwritten_pickle(tmp_path):
     path = tmp_path / "good.pt"
     path.write_bytes(archive(mapping(tensor(), call("collections.OrderedDict") + SET_ITEM)))

@@ -42,9 +42,9 @@ from scores.intervals import (
 
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.atomic import atomic_file
-from s3prl_ekd.superb.report import CLEAN, condition_title, sort_conditions
+from s3prl_ekd.superb.report import condition_title, sort_conditions
 from s3prl_ekd.superb.report_text import with_interval
-from s3prl_ekd.superb.results import SelectedRuns, incomplete, read_results, select_best_lr
+from s3prl_ekd.superb.results import CLEAN, SelectedRuns, incomplete, read_results, select_best_lr
 from s3prl_ekd.system.tables import markdown_table
 from s3prl_ekd.teachers import zoo
 

@@ -11,6 +11,7 @@ from ..data.audio_files import AudioPart, find_audio
 from ..data.bad_audio import BadUtterance
 from ..data.tables import read_table
 from ..errors import ConfigError, DataError
+from ..system.seeds import seed_number
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def add_sample_options(parser: argparse.ArgumentParser, utterances: int = 32) ->
         "--utterances", metavar="N", type=int, default=utterances,
         help="number of utterances, chosen at random (default: %(default)s)",
     )  # fmt: skip
-    add("--seed", metavar="N", type=int, default=0, help="seed of the choice (default: 0)")
+    add("--seed", metavar="N", type=seed_number, default=0, help="seed of the choice (default: 0)")
     add("--device", help="device of the models (default: cuda if available)")
 
 

@@ -15,7 +15,8 @@ from ..data.bad_audio import BadAudio
 from ..distill.aggregation import crop_frames
 from ..distill.moments import usable_frames
 from ..distill.settings import TeacherSettings
-from ..errors import ConfigError, DataError, first_line
+from ..errors import DataError
+from ..system.devices import choose_device
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,7 @@ def load_upstreams(
     """Load the upstreams of a config, frozen, on ``device`` (default: cuda if available)."""
     from ..teachers import check_source, load_upstream
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot use --device {device}: {first_line(error)}") from None
+    device = choose_device(device)
     for name, teacher in settings.items():
         check_source(teacher.model, f"teachers.{name}.model")
     upstreams = {}

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, SetupError
 from ..files.atomic import make_folder
 from ..files.config import override_option
+from ..system.seeds import seed_number
 
 if TYPE_CHECKING:
     from ..data.settings import DataSettings
@@ -46,7 +47,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--aggregated", action="store_true", help="store targets after aggregation")
     add("--size", action="store_true", help="only print the size of the cache")
-    add("--seed", metavar="N", type=int, default=_SEED, help=f"for excerpts (default: {_SEED})")
+    add(
+        "--seed",
+        metavar="N",
+        type=seed_number,
+        default=_SEED,
+        help=f"for excerpts (default: {_SEED})",
+    )
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     add("--force", action="store_true", help="replace the cache in CACHE")
 
@@ -80,9 +87,9 @@ def main(args: argparse.Namespace) -> int:
     from ..pretrain.target_cache import build
     from ..pretrain.target_cache.use import check_teacher_settings
     from ..student_file import input_layers
+    from ..system.devices import choose_device
     from ..system.lock import FolderLock
     from ..teachers import choose_teacher_precision, load_teachers
-    from .features import choose_device
 
     data = expert.datarc
     check_teacher_settings(settings)

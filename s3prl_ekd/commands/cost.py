@@ -15,12 +15,11 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..compat.source import may_be_upstream
 from ..errors import SetupError
-from ..files.atomic import make_folder, write_text
+from ..files.report_file import check_report, json_begin, write_report
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
     selection = args.selection or "hidden_states"
     if args.output is not None:
-        check_report(args.output)  # before counting, which takes minutes
+        check_report(args.output, json_begin("parameters"))  # before counting, which takes minutes
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     if args.package is not None:
         from ..export.hidden_set.sandbox import package_cost
@@ -84,16 +83,3 @@ def print_cost(cost: dict) -> None:
     print(f"MACs        {cost['macs'] / 1e9:,.3f} G = {buckets}")
     products = f"{cost['macs_products'] / 1e9:,.3f} G in matrix products and convolutions alone"
     print(f"            over {cost['utterances']} utterances; {products}")
-
-
-def check_report(path: Path) -> None:
-    """Raise SetupError if no file can be written at ``path``; create its folder."""
-    if path.is_dir():
-        raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
-    make_folder(path.parent, SetupError)
-
-
-def write_report(path: Path, report: dict) -> None:
-    """Write a report as JSON atomically, replacing an existing file, and print its path."""
-    write_text(path, json.dumps(report, indent=1) + "\n")
-    print(f"wrote {path}")

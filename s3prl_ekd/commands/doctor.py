@@ -1,8 +1,9 @@
 """Check the installation, and which recipes can run.
 
 Prints versions, the audio decoder and its formats, devices, every shim for s3prl 0.4.18 (fired or
-not needed), and for PR, SID, ER and ASR whether s3prl's recipe can start in the working folder; if
-not, what to type. The exit code is 0 if pretraining and ASR have all their modules, else 1.
+not needed), and for each of SUPERB's ten tasks whether s3prl's recipe can start in the working
+folder; if not, what to type. The exit code is 0 if pretraining and ASR have all their modules,
+else 1.
 
 --throughput instead measures for about 10 s how many audio seconds a second one worker process
 reads (an excerpt of each utterance, distorted if the model config says so), and how fast cached
@@ -44,10 +45,10 @@ from ..downstream import requirements
 from ..downstream.tasks import TASKS
 from ..errors import ConfigError, SetupError
 from ..files.atomic import write_text
+from ..files.report_file import check_report, json_begin
 from ..system import s3prl_distribution
 from ..system.tables import text_table
 from ..teachers.names import check_source
-from .cost import check_report
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ PACKAGES = (
 RUNNER, MODEL = "pretrain/ekd/config_runner.yaml", "pretrain/ekd/config_model.yaml"
 MIN_SAMPLES = 8000
 MAX_SAMPLES = 250_000  # of the utterance for --teachers, 15.6 s, to limit the teachers' memory
-RATE = 5000.0  # audio seconds a second; what one large GPU may train on
+NEEDED_RATE = 5000.0  # audio seconds a second; what one large GPU may train on
 PRETRAIN_FILES = ("config_runner.yaml", "config_model.yaml", "pretrain_expert.py")
 # Format -> container and subtype that soundfile writes and the decoder must read.
 FORMATS = {"FLAC": ("FLAC", "PCM_16"), "WAV": ("WAV", "PCM_16"), "Opus": ("OGG", "OPUS")}
@@ -89,7 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--rate", metavar="N", type=float,
-        help=f"audio seconds a second that training needs (default: {RATE:g})",
+        help=f"audio seconds a second that training needs (default: {NEEDED_RATE:g})",
     )  # fmt: skip
     add("--teachers", metavar="MODEL", help="check the teachers of this model config instead")
     add("--audio", metavar="FILE", help="utterance for --teachers (default: 4 s of noise)")
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
 def _teachers(args: argparse.Namespace) -> int:
     """Check the teachers of a config; print a table, write the report, return 0 if all pass."""
     output = args.output or Path("teachers.json")
-    check_report(output)
+    check_report(output, json_begin("config"))
     from ..pretrain.settings import load_model_config
 
     settings = load_model_config(args.teachers)
@@ -165,7 +166,7 @@ def _teachers(args: argparse.Namespace) -> int:
 
 def _throughput(args: argparse.Namespace) -> int:
     """Measure the training data of the configs; print the rates and the workers needed."""
-    rate = RATE if args.rate is None else args.rate
+    rate = NEEDED_RATE if args.rate is None else args.rate
     if not 0 < rate < math.inf:
         raise ConfigError(f"--rate must be a number above 0, got {rate:g}")
     if args.folder != Path("."):

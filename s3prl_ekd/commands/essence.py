@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
+from ..system.seeds import seed_number
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="weight of the CTC loss; the teachers' loss has 1 - A (default: 0.5)",
     )  # fmt: skip
     add("--steps", metavar="N", type=int, help="overrides the YAML's runner.total_steps")
-    add("--seed", metavar="N", type=int, default=1337, help="(default: 1337, s3prl's)")
+    add("--seed", metavar="N", type=seed_number, default=1337, help="(default: 1337, s3prl's)")
     add("--device", help="default: cuda if available")
 
 

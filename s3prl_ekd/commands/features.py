@@ -18,11 +18,10 @@ example:
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError, first_line, printable
+from ..errors import CheckpointError, ConfigError, printable
 from ..files.atomic import write_text
 from ..teachers.student_source import check_student
 from .export import add_checkpoint
@@ -83,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..export.features import collect_audio, write_features
+    from ..system.devices import choose_device
 
     device = choose_device(args.device)
     audio = collect_audio(args.audio, args.list, args.audio_root)
@@ -114,22 +114,3 @@ def main(args: argparse.Namespace) -> int:
             print(f"  {reason}")
     print(f"next: python -c '{_SHOW}' {shlex.quote(str(args.output))}")
     return 0
-
-
-def choose_device(name: str | None) -> str:
-    """Check a device name; by default cuda if available, else cpu.
-
-    Raises:
-        ConfigError: the device is unknown or not available.
-    """
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
-        raise ConfigError(f"--device must be cpu, cuda, cuda:N, xpu, xpu:N or mps, got {name}")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"cannot use --device {name}: {first_line(error)}") from None
-    return name

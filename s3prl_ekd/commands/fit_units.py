@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..analysis.choice import add_sample_options, choose_audio
 from ..errors import ConfigError, TeacherError
+from .export import check_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--layer", metavar="N", type=int, required=True, help="index into hidden_states")
     add("--clusters", metavar="N", type=int, default=100, help="number of units (default: 100)")
     add_sample_options(parser, utterances=500)  # an utterance needs about 2 MB at width 768
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True)
+    add("-o", "--output", metavar="FILE", type=Path, required=True)
+    add("--force", action="store_true", help="replace an existing FILE")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     for name, minimum in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
         if getattr(args, name) < minimum:
             raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(args, name)}")
+    check_output(args.output, args.force)
     teachers = load_model_config(args.config).teachers
     if args.teacher not in teachers:
         raise ConfigError(

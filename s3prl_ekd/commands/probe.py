@@ -78,8 +78,8 @@ def main(args: argparse.Namespace) -> int:
     from ..probe.report import as_json, draw_layers, table
     from ..probe.tasks import ProbeTask, choose_tasks
     from ..superb.cost import build_upstream
+    from ..system.devices import choose_device
     from ..system.tables import markdown_table, text_table
-    from .features import choose_device
 
     device = choose_device(args.device)
     by_label: dict[str, ProbeTask] = {}

@@ -23,9 +23,11 @@ import logging
 import shlex
 from pathlib import Path
 
+from ..downstream.tasks import DEFAULT_TASKS, choose_tasks
 from ..errors import SetupError
 from ..recipe.plan import DEFAULT_ROWS, RECIPES, ROWS, RecipeOptions, make_plan
 from ..system.jobs import typed
+from ..system.seeds import seed_number
 from ..workspace import absolute_path
 
 logger = logging.getLogger(__name__)
@@ -55,8 +57,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rows", metavar="ROW", nargs="+", default=DEFAULT_ROWS,
         help="students to train (default: all of --list but dp_hubert)",
     )  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[1337], help="of distillations (default: 1337)")
-    add("--tasks", metavar="TASK", nargs="+", help="any of pr sid er asr (default: all four)")
+    add(
+        "--seeds",
+        type=seed_number,
+        nargs="+",
+        default=[1337],
+        help="of distillations (default: 1337)",
+    )
+    add(
+        "--tasks",
+        metavar="TASK",
+        nargs="+",
+        help="any of pr sid er asr, or all four (all, the default)",
+    )
     add("--gpus", type=int, default=1, help="GPUs of one training, through torchrun (default: 1)")
     add("--jobs", type=int, default=1, help="students at a time, a GPU each (default: 1)")
     add(
@@ -122,8 +135,12 @@ def _options(args: argparse.Namespace, notes: list[str]) -> RecipeOptions:
     """
     paths = {"librispeech": args.librispeech, "voxceleb1": args.voxceleb1, "iemocap": args.iemocap}
     paths = {name: path and absolute_path(path) for name, path in paths.items()}
+    for name, path in paths.items():
+        if path is not None and not path.is_dir():
+            raise SetupError(f"--{name} {path} is not an existing folder")
     paths["lexicon"] = [absolute_path(path) for path in args.lexicon or []]
-    tasks, g2p = list(args.tasks or ("pr", "sid", "er", "asr")), args.g2p
+    tasks = [task.name for task in choose_tasks(args.tasks or DEFAULT_TASKS, DEFAULT_TASKS)]
+    g2p = args.g2p
     if paths["librispeech"] is None:
         if not args.dry_run:
             raise SetupError("LibriSpeech is needed; add --librispeech DIR, or --dry-run")

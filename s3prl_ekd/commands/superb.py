@@ -28,6 +28,7 @@ from pathlib import Path
 from ..downstream.tasks import DEFAULT_TASKS, TASKS
 from ..errors import SetupError
 from ..request import LIMIT_GB
+from ..system.seeds import seed_number
 
 
 def configure(parser) -> None:
@@ -56,7 +57,9 @@ def configure(parser) -> None:
         "--override", metavar="TASK=TEXT", action="append", default=[],
         help="overrides in the notation of run_downstream.py's -o",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
+    parser.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[1337], help="default: 1337"
+    )
     parser.add_argument(
         "-s", "--selection", default="hidden_states", metavar="KEY",
         help="outputs of students: hidden_states (default) or hidden_states_and_heads",
@@ -144,4 +147,5 @@ def _check_upstreams(runs) -> None:
         # without records the file may be of another model
         if not path.is_file() or not recorded_folders(root, upstream.name):
             make_folder(path.parent, SetupError)
-            write_text(path, json.dumps(measure_cost(module), indent=1) + "\n")
+            cost = measure_cost(module, selection=upstream.selection)
+            write_text(path, json.dumps(cost, indent=1) + "\n")

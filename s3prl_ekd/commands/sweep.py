@@ -15,12 +15,15 @@ import argparse
 from pathlib import Path
 
 from ..errors import SetupError
+from ..system.seeds import seed_number
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", metavar="MODEL.yaml", type=Path, nargs="+")
     parser.add_argument("-c", "--runner", metavar="RUNNER.yaml", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="default: 1337")
+    parser.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[1337], help="default: 1337"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (default: 1)")
     parser.add_argument("-o", "--override", default="", help="-o of run_pretrain.py")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the table to FILE")
@@ -28,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from ..files.atomic import write_csv
+    from ..files.report_file import check_report
     from ..pretrain.settings import (
         check_pruning_run,
         load_model_config,
@@ -45,8 +49,6 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.jobs < 1:
         raise SetupError(f"--jobs must be 1 or more, got {args.jobs}")
-    if args.csv:
-        args.csv.touch()  # fail before the runs, not hours later
     runner = load_runner_config(args.runner, args.override)
     for config in args.configs:
         check_pruning_run(load_model_config(config), runner)
@@ -55,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
         for config in args.configs
         for seed in args.seeds
     ]
+    if args.csv:
+        check_report(args.csv, "experiment,seeds,")  # before the runs, not hours later
     grouped: dict[str, list[SweepResult]] = {name: [] for name in names}
     for run, result in zip(runs, run_sweep(runs, args.jobs), strict=True):
         grouped[run.config.stem].append(result)

@@ -81,10 +81,13 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity
     from ..analysis.sample import load_upstreams, sample_layers
+    from ..files.report_file import check_report
     from ..system.figures import require_matplotlib
     from ..system.tables import text_table
 
     require_matplotlib()  # before the teachers run for minutes
+    make_folder(args.out, SetupError)
+    check_report(args.out / "layers.csv", "teacher,layer,")
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     sample = sample_layers(load_upstreams(settings, args.device), paths)
 
@@ -107,7 +110,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
     header = ["", *(f"{name} {index}" for name, index in labels)]
     lines = [[header[i + 1], *(f"{v:.6f}" for v in row)] for i, row in enumerate(matrix)]
-    make_folder(args.out, SetupError)
     write_csv(args.out / "layers.csv", rows)
     write_csv(args.out / "cka.csv", [header, *lines])
     plot_similarity(matrix, {n: len(ls) for n, ls in sample.items()}, args.out / "cka.png")

@@ -54,13 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print a line for each check; return 1 if one failed, else 0."""
     from ..export.hidden_set.sandbox import validate
+    from ..files.report_file import check_report, json_begin, write_report
     from ..superb.cost import LENGTHS, librispeech_lengths
-    from .cost import check_report, write_report
 
     if not args.timeout > 0:
         raise SetupError(f"--timeout must be above 0 seconds, got {args.timeout:g}")
     if args.json is not None:
-        check_report(args.json)
+        check_report(args.json, json_begin("package"))
     lengths = librispeech_lengths(args.librispeech) if args.librispeech else LENGTHS
     results, cost = validate(args.package, lengths, args.timeout, _print)
     counts = Counter(result.status for result in results)

@@ -170,6 +170,8 @@ def write_length_tables(
     sources, out = [sources] if isinstance(sources, (str, Path)) else list(sources), Path(out)
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise DataError(f"--name must be a file name without a folder, got {name!r}")
+    if name is not None and name.endswith(".csv"):
+        raise DataError(f"--name must be the name of a set, without .csv, got {name!r}")
     root, groups, why_single = Path(sources[0]), {}, None
     if len(sources) > 1 or is_manifest(sources[0]):
         manifest = read_manifest(sources, columns=("path",), audio_root=audio_root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -21,7 +22,13 @@ from ..compat.source import may_be_upstream, own_upstream_names, upstream_names
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import apply_overrides, argument_overrides, override_value, read_yaml
+from ..files.config import (
+    apply_overrides,
+    argument_overrides,
+    check_override_keys,
+    override_value,
+    read_yaml,
+)
 from ..files.formats import check_part_versions
 from ..request import (
     CACHE,
@@ -30,12 +37,13 @@ from ..request import (
     check_and_resume,
     check_device,
     check_run_folder,
+    check_seed,
     log_moved,
     script_guards,
 )
 from ..system.lock import LOCK_FILE
 from ..teachers.student_source import check_student, find_student, pin_student
-from .tasks import TASKS, missing_paths, task_of
+from .tasks import TASKS, task_of
 
 MODES = ("train", "evaluate", "inference")
 WITH_HEADS = "hidden_states_and_heads"
@@ -170,6 +178,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
             hint = f"; add -c {' or '.join(filter(os.path.isfile, recipes))}"  # one for each corpus
         raise ConfigError(f"no such config in this folder: {path}{hint}")
     config = read_yaml(path)
+    check_override_keys(config, request.override, path)
     if request.override:
         config = apply_overrides(config, request.override)
     reject_code(config, path)
@@ -179,12 +188,6 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
             f"-d {request.downstream} trains nothing; use -m evaluate -t {task.split} -l LAYER"
         )
     check_splits(request.downstream, config, path, request.split)
-    if task is not None:
-        for key, missing in missing_paths(config, task.paths, Path.cwd()):
-            raise ConfigError(
-                f"{path}: {key} is {missing}, which does not exist; edit it or add "
-                f"-o \"config.{key}='PATH'\""
-            )
     has_checkpoint = request.upstream_ckpt or arguments.keys() & {"upstream", "upstream_ckpt"}
     if (request.upstream or "").startswith("ekd_student") and not has_checkpoint:
         raise CheckpointError(
@@ -256,7 +259,13 @@ def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any
         raise SetupError(f"cannot write to {folder}; choose another folder with -p")
 
 
-RUN_CHECKS = (check_new_downstream, check_resumed_downstream, check_device, check_downstream_folder)
+RUN_CHECKS = (
+    check_new_downstream,
+    check_resumed_downstream,
+    check_seed,
+    check_device,
+    check_downstream_folder,
+)
 
 
 def with_pinned_student(request: DownstreamRequest) -> DownstreamRequest:
@@ -287,7 +296,7 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
 
     from .resume import resumable_runner
 
-    if request.upstream and not hasattr(hub, request.upstream):
+    if request.upstream and not inspect.isfunction(getattr(hub, request.upstream, None)):
         raise _no_such_upstream(request.upstream)
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))

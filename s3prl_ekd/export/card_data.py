@@ -89,12 +89,13 @@ def front_matter(about: Mapping[str, Any], name: str, model_type: str, facts: Ca
 
 def score_rows(metrics: Mapping[str, TaskMetric]) -> list[list[str]]:
     """A table of results for a card, with a head."""
-    rows = [["task", "metric", "per cent", "95 % interval", "seeds", "recipe"]]
+    rows = [["task", "metric", "per cent", "95 % interval", "test set", "seeds", "recipe"]]
     for name, metric in metrics.items():
         low, high = metric.interval
         column, runs = COLUMNS[name], metric.selection
         row = [f"{column.task.name.upper()}: {column.task.full_name}", column.metric.name.upper()]
         row += [f"{metric.value:.2f}", f"{low:.2f} to {high:.2f}"]
+        row.append(f"{metric.units} {column.task.unit}")
         rows.append([*row, str(len(runs.seeds)), f"`{_recipe(metric)}`"])
     return rows
 

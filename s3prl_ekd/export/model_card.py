@@ -121,9 +121,9 @@ _NO_SCORES = "This card reports no scores; evaluate the model on your task befor
 _SCORES = """\
 ## Results
 
-Test sets of SUPERB's tasks, with the hidden states of the frozen student, weighted and summed, as
-input of s3prl's recipes. Intervals are bootstrap intervals over utterances. Results are comparable
-only if recipe and corpus are the same.
+Test sets of SUPERB's tasks, with the hidden states of the frozen student as input of s3prl's
+recipes: weighted and summed, for QBE one layer. Intervals are bootstrap intervals over what the
+column "test set" counts. Results are comparable only if recipe and corpus are the same.
 
 {table}
 """

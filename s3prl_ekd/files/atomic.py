@@ -176,7 +176,7 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
         error: class of the exception for errors of the operating system.
     """
     target = out.resolve()
-    partial = _temporary(target, "partial")
+    partial, old = _temporary(target, "partial"), _temporary(target, "partial")
     handle = None
     try:
         with explain_write_errors(out, error):
@@ -186,9 +186,10 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
             handle = _lock_folder(partial)
             yield partial
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(old)  # removed last, since this takes long: a kill must not lose both
             partial.rename(target)
             _sync_folder(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if handle is not None:

@@ -29,7 +29,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -312,6 +312,29 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
                 raise ConfigError(f"-o {key!r}: {name} is not a mapping")
         target[path[-1]] = value
     return data
+
+
+def check_override_keys(data: Mapping[str, Any], overrides: str | None, source: str) -> None:
+    """Check for misspelt keys: s3prl ignores keys that it does not know.
+
+    A key that ``data`` lacks may be right, so only one that is nearly a key of the same section is
+    an error.
+
+    Raises:
+        ConfigError: names the key of ``source`` that is probably meant.
+    """
+    for key, _, _ in _options(overrides):
+        section: Any = data
+        for name in key.split(".")[1:]:
+            if not key.startswith("config.") or not isinstance(section, Mapping):
+                break
+            if name not in section:
+                close = difflib.get_close_matches(name, map(str, section), n=1, cutoff=0.85)
+                if close:
+                    raise ConfigError(
+                        f"-o {key}: {source} has no {name} there; did you mean {close[0]}?"
+                    )
+            section = section.get(name)
 
 
 def _options(overrides: str | None) -> Iterator[tuple[str, str, str]]:

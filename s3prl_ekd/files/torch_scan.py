@@ -371,6 +371,9 @@ def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type] | Non
             "it, load it with an old torch and save it again with torch.save"
         )
     file.seek(0)
+    if file.read(1) != pickle.PROTO:  # such as a text file, whose letters are opcodes of protocol 0
+        raise TorchFileError("is not a torch file")
+    file.seek(0)
     total = 0
     for expected in (0x1950A86A20F9469CFC6C, 1001, None, None, None):
         unpickler = _Unpickler(file, allow, lambda key: None)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +72,7 @@ def _launch(
     help_text: str = "",
 ) -> int:
     argv = sys.argv[1:]
-    hint = "" if "evaluate" in argv else "; add -a (without -e) to resume"
-    with _messages(f"stopped by Ctrl-C{hint}"):
+    with _messages(f"stopped by Ctrl-C{_resume_hint(argv)}"):
         announce_s3prl()
         if "-h" in argv or "--help" in argv:
             with _initialised_folder():
@@ -83,6 +84,18 @@ def _launch(
             request = prepare(argv)
             run(import_script(name), request)
     return 0
+
+
+def _resume_hint(argv: Sequence[str]) -> str:
+    """How the command resumes after Ctrl-C; empty for an evaluation."""
+    values = dict(itertools.pairwise(argv))
+    if "evaluate" in (values.get("-m"), values.get("--mode")):
+        return ""
+    past = values.get("-e") or values.get("--past_exp")
+    if past is None:
+        return "; add -a to resume"
+    folder = past if os.path.isdir(past) else os.path.dirname(past) or "."
+    return f"; to resume, give the command with -e {shlex.quote(folder)}"
 
 
 def _messages(interrupted: str) -> contextlib.AbstractContextManager[None]:

@@ -117,7 +117,9 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
         else:
             failed.append(entry.name)
     if not rows:
-        raise DataError(f"no utterance of {manifest.source} could be aligned; check its texts")
+        unknown = sorted(set().union(*texts) - pronunciations.keys())
+        cause = f"no pronunciation of {shorten_list(unknown)}" if unknown else "check its texts"
+        raise DataError(f"no utterance of {manifest.source} could be aligned; {cause}")
     with new_folder(args.out, replace=args.replace) as folder:
         link_folder(manifest.root, folder / AUDIO)
         write_lines(folder / ALIGNED, ["\t".join(["path", "segments", *columns]), *rows])

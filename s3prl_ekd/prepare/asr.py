@@ -88,6 +88,9 @@ class TranscribedUtterance:
     split: str  # one of SPLITS
 
 
+WriteMore = Callable[[Path, Sequence[TranscribedUtterance]], None]
+
+
 def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
     """Map each speaker to a unique name of letters and digits.
 
@@ -109,6 +112,7 @@ def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
 def write_librispeech(
     out: Path,
     utterances: Sequence[TranscribedUtterance],
+    write_more: WriteMore,
     *,
     copy: bool = False,
     replace: bool = False,
@@ -119,6 +123,7 @@ def write_librispeech(
     number, 1 to 3, so names are unique for a speaker of several splits.
 
     Args:
+        write_more: see :func:`write_layout`.
         copy: copy the audio; by default it is linked, and copied only where linking fails.
         replace: replace an earlier layout at ``out``.
 
@@ -151,6 +156,7 @@ def write_librispeech(
         for split, rows in tables.items():
             write_table(root / TABLES / f"{split}.csv", rows)
         write_lines(root / PREPARED, prepared)
+        write_more(root, utterances)
     return copied
 
 
@@ -175,6 +181,7 @@ def write_layout(
     manifest: Manifest,
     check_text: Callable[[str], str],
     invalid_lines: str,
+    write_more: WriteMore = lambda folder, utterances: None,
 ) -> list[TranscribedUtterance]:
     """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 
@@ -183,6 +190,7 @@ def write_layout(
         manifest: with the columns :data:`COLUMNS`.
         check_text: returns the error of a normalised text, or "" if the text is valid.
         invalid_lines: noun phrase for lines with an invalid text, for messages.
+        write_more: writes other files into the new folder, before it gets its name.
 
     Returns:
         The utterances written.
@@ -208,8 +216,12 @@ def write_layout(
     for entry, (speaker, text), audio in zip(valid, texts, parts, strict=True):
         utterances.append(TranscribedUtterance(audio, entry.name, speaker, text, entry.split))
         lengths.setdefault(f"{entry.split}-clean", []).append(audio.samples)
-    copied = write_librispeech(args.out, utterances, copy=args.copy, replace=args.replace)
+    options = {"copy": args.copy, "replace": args.replace}
+    copied = write_librispeech(args.out, utterances, write_more, **options)
     print_splits(lengths)
+    for split in SPLITS:
+        if f"{split}-clean" not in lengths:
+            print(f"no utterances of the split {split}, which the recipe needs")
     for count, text in (
         (n_empty, "lines without a text skipped"),
         (n_invalid, f"{invalid_lines} skipped"),

@@ -24,6 +24,7 @@ from ..data.audio_files import SAMPLE_RATE, is_audio, is_hidden_or_system, total
 from ..data.manifest import MAX_LIST
 from ..errors import DataError, EkdError
 from ..files.text import read_text
+from ..system.seeds import seed_number
 from .common import (
     PREPARED,
     PrepareTask,
@@ -187,7 +188,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", metavar="FILE", type=Path, help="the trials (default: all pairs)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pairs (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the pairs (default: 0)"
+    )
     add_convert_option(parser)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from ..errors import DataError, SetupError
-from .asr import COLUMNS, add_layout_options, normalise, write_layout
+from .asr import COLUMNS, TranscribedUtterance, add_layout_options, normalise, write_layout
 from .common import PrepareTask, manifest_of
 from .lexicon import (
     LEXICON,
@@ -49,12 +51,14 @@ def _prepare_pr(args: argparse.Namespace) -> None:
         unknown = [word for word in text.split() if word not in pronunciations]
         return f"the lexicon lacks {shorten_list(unknown)}" if unknown else ""
 
-    utterances = write_layout(args, manifest, check_words, INVALID_LINES)
+    def write_words(folder: Path, utterances: Sequence[TranscribedUtterance]) -> None:
+        used = {word for utterance in utterances for word in utterance.text.split()}
+        write_lexicon(folder / LEXICON, {word: pronunciations[word] for word in used})
+        print(f"{LEXICON}: {len(used)} words")
+
+    utterances = write_layout(args, manifest, check_words, INVALID_LINES, write_words)
     if missing:
         print(f"{len(missing)} words without a pronunciation: {shorten_list(missing)}")
-    used = {word for utterance in utterances for word in utterance.text.split()}
-    write_lexicon(args.out / LEXICON, {word: pronunciations[word] for word in used})
-    print(f"{LEXICON}: {len(used)} words")
     if any(utterance.audio.suffix != ".flac" for utterance in utterances):
         print("note: a checkout of s3prl uses its own corpus module, which reads .flac only")
     print(f"wrote {args.out}; in the YAML: path: {args.out}")

@@ -30,6 +30,7 @@ from ..data.manifest.phones import SILENCE, parse_segments
 from ..data.rttm import SpeakerTurns, read_rttm
 from ..errors import DataError
 from ..files.text import read_text
+from ..system.seeds import seed_number
 from .common import (
     PREPARED,
     PreparedAudio,
@@ -180,7 +181,11 @@ def mix(waves: Sequence[np.ndarray], speech: Sequence[Any], levels: Sequence[flo
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of pairs and levels (%(default)s)"
+        "--seed",
+        type=seed_number,
+        default=0,
+        metavar="N",
+        help="seed of pairs and levels (%(default)s)",
     )
     add_convert_option(parser)
 

@@ -26,6 +26,7 @@ from ..request import (
     check_and_resume,
     check_device,
     check_run_folder,
+    check_seed,
     log_moved,
     script_guards,
 )
@@ -190,7 +191,13 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
 
 
 OPTION_CHECKS = (check_workspace, check_single_process)
-RUN_CHECKS = (check_settings, check_device, check_output_folder, check_resumed_config)
+RUN_CHECKS = (
+    check_settings,
+    check_seed,
+    check_device,
+    check_output_folder,
+    check_resumed_config,
+)
 
 
 def run(script: ModuleType, request: PretrainRequest) -> None:

@@ -165,8 +165,12 @@ def _speaker_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> 
     used = [u for u in utterances if u.speaker and u.split != "dev"]
     train = {u.speaker for u in used if u.split == "train"}
     test = {u.speaker for u in used if u.split == "test"}
-    if len(train) < 2 or not test or not test <= train:
-        raise _Missing("speaker needs two speakers or more, and those of the split test in train")
+    if len(train) < 2:
+        raise _Missing("speaker needs two speakers or more in the split train")
+    if not test:
+        raise _Missing("speaker needs utterances of the split test")
+    if unknown := sorted(test - train):
+        raise _Missing(f"the speaker {unknown[0]} is in test but not in train")
     excerpts = []
     for utterance in used:
         length = lengths[utterance]

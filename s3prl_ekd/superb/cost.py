@@ -10,6 +10,7 @@ only make a submission look larger.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def build_upstream(hub_name: str, checkpoint: str | None) -> nn.Module:
     register()
     from s3prl import hub
 
-    if not hasattr(hub, hub_name):
+    if not inspect.isfunction(getattr(hub, hub_name, None)):  # the hub also has modules, as os
         raise SetupError(f"no such upstream in s3prl: {hub_name}; see run_downstream.py -h")
     file = Path(checkpoint or ".")
     is_file = file.exists() and not file.is_dir()

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ..compat.no_eval import run_splits
+from ..compat.source import may_be_upstream
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
 from ..downstream.tasks.lookup import EXPERT, setting
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
-from ..files.config import apply_overrides, from_plain_data, override_value, read_yaml
+from ..files.config import (
+    apply_overrides,
+    check_override_keys,
+    from_plain_data,
+    override_value,
+    read_yaml,
+)
 from ..files.hub import parse_hub_id
 from ..prepare.common import PREPARED
 from ..request import (
@@ -34,9 +41,8 @@ from ..request import (
 )
 from ..teachers import zoo
 from ..teachers.student_source import check_student, contents_sha256, is_student_folder, pin_student
-from .results import UNTRAINED, DevMetric, RunRecord
+from .results import CLEAN, UNTRAINED, DevMetric, RunRecord
 
-CLEAN = "clean"
 SEARCH = "search"  # --lr search
 SEED = 1337  # by default
 FEATURES = ".features"  # cached hidden states, in the output folder
@@ -104,6 +110,10 @@ def parse_upstream(text: str, selection: str = "hidden_states") -> Upstream:
             raise SetupError(f"{text}: no such file: {checkpoint}{hint if is_id else ''}")
         upstream = Upstream(name or default_name, hub, checkpoint, selection)
     elif re.fullmatch(r"\w+", source):
+        if not may_be_upstream(source):
+            raise SetupError(f"{text}: no such upstream in s3prl; see run_downstream.py -h")
+        if source.startswith("ekd_student"):
+            raise SetupError(f"{text}: give the student's file, run or folder instead")
         upstream = Upstream(name or source, source)
     else:
         raise SetupError(
@@ -148,6 +158,14 @@ class Recipe:
 
     def check(self, folder: Path) -> None:
         """Raise ConfigError if a path in the recipe, or a file in its lists, is missing."""
+        try:
+            self._check(folder)
+        except ConfigError as error:  # whose advice is an option of run_downstream.py
+            text = re.sub(r'\B-o ("?)config', rf"--override \1{self.task.name}=config", str(error))
+            raise ConfigError(text) from None
+
+    def _check(self, folder: Path) -> None:
+        check_override_keys(read_yaml(self.path), self.overrides, self.path)
         config = self.config
         if self.task.ctc_metric is not None:
             self._check_ctc_metric(config)
@@ -453,7 +471,10 @@ def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
         own: float = _number(f"{recipe.path}: {key}", str(setting(recipe.config, key)), float)
         published = task.published_rates if recipe.path == task.full else ()
         return sorted({own / 10, own, 10 * own, *published}) if text else [own]
-    return [_number("--lr", rate, float) for rate in str(text).split(",")]
+    rates = [_number("--lr", rate, float) for rate in str(text).split(",")]
+    if len({f"{rate:g}" for rate in rates}) < len(rates):  # as in the names of the runs' folders
+        raise SetupError(f"--lr must have rates that differ in their first six digits, got {text}")
+    return rates
 
 
 def _features(args: Namespace, upstream: str) -> CacheOptions | None:
@@ -477,6 +498,8 @@ def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[s
     for text in texts:
         name, equals, value = text.partition("=")
         if equals and name in TASKS:
+            if TASKS[name] not in tasks:
+                raise SetupError(f"{option} {text}: {name} is not in --tasks; add it there")
             if option in ("--lr", "--steps") and not TASKS[name].trained:
                 raise SetupError(f"{option} {text}: {name} trains nothing; leave it out")
             values[name] = value

@@ -13,10 +13,9 @@ from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 from ..errors import DataError
 from .bootstrap import RESAMPLES, Estimate, interval, share_better
 from .metrics import TaskMetric, compute_metrics
-from .results import Cost, Results, SelectedRuns, incomplete, select_best_lr
+from .results import CLEAN, Cost, Results, SelectedRuns, incomplete, select_best_lr
 from .score import superb_score
 
-CLEAN = "clean"
 _NOISE = re.compile(r"(?P<noise>.+)_snr(?P<snr>-?\d+(\.\d+)?)")
 
 

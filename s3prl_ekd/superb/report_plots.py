@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from ..downstream.tasks import COLUMNS
 from ..system.figures import new_figure
 from .bootstrap import Estimate
-from .report import CLEAN, Report, condition_title, split_condition
+from .report import Report, condition_title, split_condition
+from .results import CLEAN
 from .score import PUBLISHED, superb_score
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import itertools
 from ..downstream.tasks import COLUMNS, DEFAULT_TASKS, TASKS
 from ..system.tables import markdown_table
 from .bootstrap import Estimate
-from .report import CLEAN, Difference, Report, condition_title
+from .report import Difference, Report, condition_title
+from .results import CLEAN
 from .score import LABEL, PUBLISHED, superb_score
 
 MARK = "<!-- written by: s3prl-ekd report -->"  # a file with this mark may be overwritten
@@ -114,9 +115,9 @@ def with_interval(
 def _differences(report: Report, against: str) -> list[str]:
     parts = [
         f"## Differences to {against}",
-        f"Each upstream minus {against} on the same resampled utterances, with the 95 % interval, "
+        f"Each upstream minus {against} on the same resamples, with the 95 % interval, "
         f"and the percentage of resamples in which it is better than {against} (ties count half). "
-        "n/a: not tested, or tested on different utterances.",
+        "n/a: not tested, or not on the same test set.",
     ]
     for condition in report.conditions:
         columns = report.tested(condition)

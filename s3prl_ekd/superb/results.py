@@ -25,6 +25,7 @@ from ..files.text import read_json
 RECORD, COST = "superb.json", "cost.json"
 RecordT = TypeVar("RecordT")
 
+CLEAN = "clean"  # the condition without noise
 UNTRAINED = "untrained"  # in a run's name, in place of a learning rate
 _RUN = re.compile(rf"(lr[^/]+|{UNTRAINED})-seed\d+(-(?P<fold>fold\d+))?")
 
@@ -320,8 +321,9 @@ def _check_comparable(runs: Iterable[FinishedRun]) -> None:
                 "report only one of them"
             )
         other = first.setdefault(upstream, run)
-        same_model = other.model == run.model or None in (other.model, run.model)
-        if (other.hub, other.checkpoint) != (run.hub, run.checkpoint) or not same_model:
+        known = None not in (other.model, run.model)  # unknown in records of old versions
+        names = ((other.hub, other.checkpoint), (run.hub, run.checkpoint))
+        if other.model != run.model if known else names[0] != names[1]:
             raise _not_comparable(other, run, f"use different models under the name {run.upstream}")
         other = first.setdefault(task, run)
         if (other.recipe, other.steps, other.split) != (run.recipe, run.steps, run.split):

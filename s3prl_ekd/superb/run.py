@@ -32,8 +32,9 @@ from ..request import DownstreamRequest
 from ..system.jobs import Jobs
 from ..system.lock import FolderLock
 from ..system.torchrun import torchrun_command
-from .plan import CLEAN, PlannedRun, noise_digest
+from .plan import PlannedRun, noise_digest
 from .results import (
+    CLEAN,
     RECORD,
     DevMetric,
     RunRecord,
@@ -282,6 +283,9 @@ def evaluate(
 ) -> None:
     """Evaluate, and check that the predictions are in ``folder``."""
     gc.collect()  # models of the previous call
+    for path in _missing_files(run, folder):
+        if path.parent != folder:  # s3prl makes SD's folder scoring/predictions only with scoring
+            make_folder(path, SetupError)
     call(request)
     missing = _missing_files(run, folder)
     if missing:
@@ -291,7 +295,9 @@ def evaluate(
 def _missing_files(run: PlannedRun, folder: Path) -> list[Path]:
     """Files and folders that an evaluation into ``folder`` has not left."""
     paths = [folder / name for name in run.task.files(run.fold)]
-    return [path for path in paths if not path.exists()]
+    return [
+        path for path in paths if not (path.is_file() or (path.is_dir() and any(path.iterdir())))
+    ]
 
 
 def train_and_test(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> None:

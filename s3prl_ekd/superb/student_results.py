@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .metrics import TaskMetric
-from .plan import CLEAN, Upstream
+from .plan import Upstream
 from .report import make_report
-from .results import Results, read_results
+from .results import CLEAN, Results, read_results
 
 
 @dataclass(frozen=True, eq=False)

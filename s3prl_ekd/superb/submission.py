@@ -10,7 +10,7 @@ from typing import BinaryIO
 from ..downstream.tasks import TASKS
 from ..errors import DataError
 from ..files.text import check_inside, check_regular
-from .results import FinishedRun, SelectedRuns
+from .results import CLEAN, FinishedRun, SelectedRuns
 
 # (task, fold) -> file or folder of the predictions -> its place in the archive, below predict/
 MEMBERS: dict[tuple[str, str | None], dict[str, str]] = {
@@ -66,9 +66,9 @@ def _files(run: FinishedRun, members: Mapping[str, str]) -> list[tuple[Path, str
         DataError: they are missing, damaged or outside of the run's folder, or have other
             utterances than the references.
     """
-    if "clean" not in run.tested:
+    if CLEAN not in run.tested:
         raise DataError(f"{run.folder}: not tested on clean speech; evaluate the run again")
-    folder = run.folder / run.tested["clean"]
+    folder = run.folder / run.tested[CLEAN]
     files: list[tuple[Path, str]] = []
     for name, place in members.items():
         if "*" in name:
@@ -78,7 +78,7 @@ def _files(run: FinishedRun, members: Mapping[str, str]) -> list[tuple[Path, str
     for path, _ in files:
         check_regular(path, "predictions", DataError)
         check_inside(path, run.folder, "predictions", DataError)
-    run.measure("clean")
+    run.measure(CLEAN)
     return files
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...data.audio_files import SAMPLE_RATE
 from ...data.rttm import MAX_SPEAKERS, SpeakerTurns, read_rttm
 from ...errors import DataError, SetupError
 from ...files.text import check_regular, read_text
@@ -21,7 +22,6 @@ from .error_counts import ErrorCounts
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 MEDIANS = (1, 11)  # frames
-RATE = 16_000  # samples a second, of which a frame has `frame_shift`
 _MAX_FRAMES = 1 << 24  # of a recording
 
 
@@ -73,7 +73,7 @@ def frame_times(frames: int, frame_shift: int) -> np.ndarray:
 
     Rounded to 10 ms, as s3prl's ``make_rttm.py`` writes begins and lengths of turns.
     """
-    seconds = (f"{frame * (frame_shift / RATE):.2f}" for frame in range(frames + 1))
+    seconds = (f"{frame * (frame_shift / SAMPLE_RATE):.2f}" for frame in range(frames + 1))
     return np.array([round(1000 * float(text)) for text in seconds], dtype=np.int64)
 
 
@@ -168,7 +168,7 @@ def diarisation_errors(
 def read_frame_shift(path: Path) -> int:
     """Read the samples of a frame, which s3prl writes next to the predictions."""
     text = read_text(path, "frame shift", DataError).strip()
-    if not text.isdecimal() or not 0 < int(text[:9]) <= RATE or len(text) > 9:
+    if not text.isdecimal() or not 0 < int(text[:9]) <= SAMPLE_RATE or len(text) > 9:
         raise DataError(f"{path} must have a number of samples, got {text[:40]!r}")
     return int(text)
 
@@ -186,7 +186,7 @@ def measure(predictions: Path, frame_shift: Path, rttm: Path) -> ErrorCounts:
     if differing:
         raise DataError(
             f"{predictions} and {rttm.name} have different recordings: {differing[0]} is in only "
-            f"one of them; remove {predictions} and evaluate the run again"
+            f"one of them; remove {predictions.parent} and evaluate the run again"
         )
     shift = read_frame_shift(frame_shift)
     values = {name: read_probabilities(path) for name, path in paths.items()}

@@ -51,5 +51,4 @@ ASR = Task(
     find_files=_find_files,
     batch_seconds=0.65,  # "one to two days" for 200,000 batches, the comment in its recipe
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs
-    demo_steps=1.1,
 )

@@ -117,5 +117,4 @@ ASV = Task(
     parameters=6e6,
     unit="speakers",
     selection="checkpoints",
-    demo_steps=0.5,
 )

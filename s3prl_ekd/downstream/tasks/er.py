@@ -66,5 +66,4 @@ ER = Task(
     parameters=0.2e6,
     find_folds=_find_folds,
     board_folds=tuple(f"fold{i}" for i in range(1, 6)),
-    demo_steps=0.5,
 )

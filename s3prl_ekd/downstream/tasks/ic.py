@@ -43,5 +43,4 @@ IC = Task(
     find_files=_find_files,
     batch_seconds=0.06,
     parameters=0.2e6,
-    demo_steps=0.5,
 )

@@ -51,5 +51,4 @@ KS = Task(
     find_files=_find_files,
     batch_seconds=0.05,
     parameters=0.2e6,
-    demo_steps=0.5,
 )

@@ -76,5 +76,4 @@ PR = Task(
     parameters=0.3e6,
     # imported with the first data loader; see requirements.provide_ctc_corpus
     modules=("s3prl.downstream.ctc.corpus.libriphone",),
-    demo_steps=2.0,
 )

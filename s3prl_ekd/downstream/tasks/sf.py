@@ -90,5 +90,4 @@ SF = Task(
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs
     # imported with the first data loader; see requirements.provide_ctc_corpus
     modules=("s3prl.downstream.ctc.corpus.snips",),
-    demo_steps=2.0,
 )

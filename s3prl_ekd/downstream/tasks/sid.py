@@ -58,5 +58,4 @@ SID = Task(
     published_rates=(5e-3,),  # LightHuBERT, small students
     batch_seconds=0.06,
     parameters=0.6e6,  # 1,251 speakers
-    demo_steps=0.5,
 )

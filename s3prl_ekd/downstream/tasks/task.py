@@ -96,7 +96,6 @@ class Task:
         corpus_name: ``downstream_expert.corpus.name`` of the recipe, if tasks share a downstream.
         ctc_metric: the name of the main metric in recipes of `-d ctc`; the first metric of such a
             recipe chooses the checkpoint.
-        demo_steps: training steps in the demo, times those of its option.
         batch_seconds, parameters: of a batch of the full recipe on one GPU, and of the downstream
             model, for the projection of `s3prl-ekd recipe`; ours.
     """
@@ -130,7 +129,6 @@ class Task:
     corpus_name: str | None = None
     ctc_metric: str | None = None
     published_rates: tuple[float, ...] = ()
-    demo_steps: float = 1.0
 
     @property
     def main(self) -> Metric:

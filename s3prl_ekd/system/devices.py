@@ -1,0 +1,26 @@
+"""The device of ``--device``."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import ConfigError, first_line
+
+
+def choose_device(name: str | None) -> str:
+    """Check a device name; by default cuda if available, else cpu.
+
+    Raises:
+        ConfigError: the device is unknown or not available.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
+        raise ConfigError(f"--device must be cpu, cuda, cuda:N, xpu, xpu:N or mps, got {name}")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"cannot use --device {name}: {first_line(error)}") from None
+    return name
