@@ -153,7 +153,7 @@ def resumable_runner(runner: Any) -> Any:
 
         def train(self):
             save, remove = torch.save, os.remove
-            outdated: list[Path] = []  # checkpoints that s3prl has removed
+            outdated = []  # checkpoints that s3prl has removed
 
             def save_with_position(states, path, *args, **kwargs):
                 if not (isinstance(states, dict) and "Downstream" in states):

@@ -23,12 +23,16 @@ def check_report(path: Path, begin: str) -> None:
     if path.is_dir():
         raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
     make_folder(path.parent, SetupError)
-    with explain_write_errors(path):
-        if path.exists() and not path.read_bytes().startswith(begin.encode()):
-            raise SetupError(
-                f"{path} exists and was not written by this command; choose another name, or "
-                "remove it"
-            )
+    if path.exists() and not (path.is_file() and _begins(path, begin.encode())):
+        raise SetupError(
+            f"{path} exists and was not written by this command; choose another name, or remove it"
+        )
+
+
+def _begins(path: Path, begin: bytes) -> bool:
+    with explain_write_errors(path), path.open("rb") as file:
+        return file.read(len(begin)) == begin
+    return False
 
 
 def json_begin(key: str) -> str:

@@ -18,7 +18,7 @@ def choose_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
-        raise ConfigError(f"--device must be cpu, cuda, cuda:N, xpu, xpu:N or mps, got {name}")
+        raise ConfigError(f"--device {name}: expected cpu, cuda, cuda:N, xpu, xpu:N or mps")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
