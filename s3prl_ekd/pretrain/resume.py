@@ -99,6 +99,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: st
         problem = f"{path}: its optimizer state does not fit this run: {error}"
         raise CheckpointError(problem) from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.pop("initial_lr", None)  # a new schedule would keep it as its base rate
         group.update(settings)
 
 
