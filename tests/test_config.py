@@ -356,6 +356,7 @@ def test_a_config_survives_the_checkpoint():
         ("init", {"teacher": "one", "layers": [0]}, "init.layers 2 1"),
         ("student", {"train_extractor": 0}, ".student.train_extractor 0"),
         ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
+        ("student", {"feature_grad_mult": 0}, "student.feature_grad_mult: 0 init.teacher"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
         ("aggregation", "average", "aggregation: average one 3 two 1"),
         ("init", {"teacher": "three"}, "init 'three' one, two"),
@@ -431,6 +432,17 @@ UNITS = [{"file": "x"}]
             "loss.feature_penalty student.train_extractor: false",
         ),
         (
+            {
+                "student": {"kind": "copy", "of": "one", "feature_grad_mult": 0},
+                "loss": {"feature_penalty": 1.0},
+            },
+            "loss.feature_penalty student.feature_grad_mult: 0",
+        ),
+        (
+            {"student": {"feature_grad_mult": 0}, "init": {"teacher": "one", "conv": False}},
+            "student.feature_grad_mult: 0 init.teacher init.conv",
+        ),
+        (
             {"teacher_masked_norm": True, "teacher_backend": "s3prl"},
             "teacher_masked_norm teacher_backend: fast teacher_backend: s3prl",
         ),
@@ -451,6 +463,11 @@ def test_settings_that_exclude_each_other(tmp_path, more, parts):
             rest = {k: v for k, v in more.items() if k != key}
             file.write_text(yaml.safe_dump({**TWO, **rest}))
             load_model_config(file)
+
+
+def test_a_checkpoint_may_have_settings_without_effect():
+    model = {**TWO, "student": {"feature_grad_mult": 0}}
+    assert load_model_config(model).student.feature_grad_mult == 0
 
 
 @pytest.mark.parametrize("student", [{}, {"kind": "copy", "of": "one"}, FILE_STUDENT])
@@ -526,6 +543,8 @@ def assert_parts(message, file, parts):
         ("pretrain_expert.datarc.sequence_length", 100, "sequence_length 400 100"),
         ("pretrain_expert.datarc.loader_timeout", 0.5, "loader_timeout 0.5"),
         ("pretrain_expert.datarc.max_seconds", 1, "max_seconds 1"),
+        ("runner.gradient_clipping", 0, ".runner gradient_clipping 0"),
+        ("runner.gradient_clipping", -1, ".runner gradient_clipping -1"),
         ("runner.max_keep", 0, ".runner max_keep 0"),
         ("runner.max_nonfinite", 0, ".runner max_nonfinite 0"),
         ("runner.autosave_minutes", -1, ".runner autosave_minutes -1.0"),

@@ -353,6 +353,25 @@ class DistillSettings:
         self._check_targets()
         self._check_backends()
 
+    def check_effects(self) -> None:
+        """Raise ValueError for a setting that others switch off, or a frozen random extractor.
+
+        Not part of the construction: checkpoints of earlier versions may have such settings.
+        """
+        student, init = self.student, self.init
+        if getattr(student, "feature_grad_mult", None) == 0:
+            random = isinstance(student, StudentSettings) and not (init.sources and init.conv)
+            if random and student.train_extractor:
+                raise ValueError(
+                    "student.feature_grad_mult: 0 would keep a conv extractor of random weights; "
+                    "set init.teacher and init.conv: true, or set it above 0"
+                )
+            if self.loss.feature_penalty:
+                raise ValueError(
+                    "loss.feature_penalty has no effect with student.feature_grad_mult: 0; set it "
+                    "to 0 or train the extractor"
+                )
+
     def _check_backends(self) -> None:
         slow = self.teacher_backend == "s3prl" or self.teacher_dropout
         why = "teacher_dropout: true" if self.teacher_dropout else "teacher_backend: s3prl"
