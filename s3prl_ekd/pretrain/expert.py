@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from ..distill.student_settings import (  # noqa: E402
 )
 from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import to_plain_data  # noqa: E402
+from ..files.hub import same_model  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
@@ -123,6 +125,7 @@ class UpstreamPretrainExpert(nn.Module):
             self.loaders.append(self.dev_dataloader)
         if mask is not None:
             self._check_mask_length(mask.length, conv)
+        units = self._load_units(is_new=not isinstance(upstream_config, dict))
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -134,11 +137,6 @@ class UpstreamPretrainExpert(nn.Module):
         if student is None:
             copy = cast(CopySettings, self.settings.student)
             student = copied_student(teachers, copy, self.settings.pruning)
-        units: list[Units] = []
-        if self.settings.unit_loss:
-            from ..essence.units import load_units
-
-            units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
         if self.targets is not None:
             use.check_unit_layers(units, self.settings)
             batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
@@ -173,6 +171,32 @@ class UpstreamPretrainExpert(nn.Module):
             slow = self.settings.teacher_backend == "s3prl" or self.settings.teacher_dropout
             precision = precision if precision in DTYPES and not slow else "float32"
         self.settings = dataclasses.replace(self.settings, teacher_precision=precision)
+
+    def _load_units(self, is_new: bool) -> list[Units]:
+        """Read the files of ``unit_loss``.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            ConfigError: a new run's file has units of another model than its teacher.
+        """
+        if not self.settings.unit_loss:
+            return []
+        from ..essence.units import load_units
+
+        units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
+        for i, labels in enumerate(units):
+            teacher = self.settings.teachers.get(labels.teacher)
+            # an unknown teacher is refused later; paths may differ only in the folder
+            if not is_new or teacher is None or not labels.model:
+                continue
+            same_file = Path(labels.model).name == Path(teacher.model).name
+            if not same_file and not same_model(labels.model, teacher.model):
+                raise ConfigError(
+                    f"unit_loss[{i}].file has units of {labels.model}, but "
+                    f"teachers.{labels.teacher}.model is {teacher.model}; fit units of this "
+                    "model with s3prl-ekd fit-units, or write the same name if both are one model"
+                )
+        return units
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
         """Raise ConfigError if no utterance is as long as a masked span."""
