@@ -45,8 +45,10 @@ class TeacherDropping(nn.Module):
         if not self.training:
             return weights
         mask = comparison.mask
-        losses = {}  # teacher -> [batch]
+        losses = {}  # teacher -> [batch]; one of weight 0 must not be the one that is kept
         for name in comparison.teachers:
+            if comparison.shares[name] == 0:
+                continue
             reconstruction, cosine = frame_terms(
                 comparison.predictions[name].detach(), comparison.targets[name], self.settings
             )
