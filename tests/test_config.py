@@ -10,9 +10,17 @@ import pytest
 import yaml
 
 from s3prl_ekd.commands import fit_units
-from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings, UnitLossSettings
+from s3prl_ekd.distill.aggregation import TargetSpec
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import (
+    DistillSettings,
+    HeadSettings,
+    TeacherSettings,
+    UnitLossSettings,
+)
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
+from s3prl_ekd.distill.teachers import TeacherEnsemble
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.config import (
     apply_overrides,
@@ -358,6 +366,8 @@ def test_a_config_survives_the_checkpoint():
         ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
         ("student", {"feature_grad_mult": 0}, "student.feature_grad_mult: 0 init.teacher"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
+        ("teachers.settings", {"model": "x"}, "teachers: 'settings'"),
+        ("teachers.register_hook", {"model": "x"}, "teachers: 'register_hook'"),
         ("aggregation", "average", "aggregation: average one 3 two 1"),
         ("init", {"teacher": "three"}, "init 'three' one, two"),
         ("student", {"encoder_layers": 0}, ".student encoder_layers 0"),
@@ -463,6 +473,17 @@ def test_settings_that_exclude_each_other(tmp_path, more, parts):
             rest = {k: v for k, v in more.items() if k != key}
             file.write_text(yaml.safe_dump({**TWO, **rest}))
             load_model_config(file)
+
+
+def test_every_name_that_a_module_uses_is_reserved():
+    """Teachers' names are keys of these modules."""
+    heads = PredictionHeads(4, {"a": TargetSpec(1, (4,))}, HeadSettings())
+    for module in (heads, TeacherEnsemble({})):
+        names = {name for name in dir(module) if not name.startswith("_")} - {"a"}
+        assert len(names) > 50
+        for name in names:
+            with pytest.raises(ValueError, match=f"'{name}' is a reserved name"):
+                DistillSettings({name: TeacherSettings("x")})
 
 
 def test_a_checkpoint_may_have_settings_without_effect():

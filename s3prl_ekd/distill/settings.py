@@ -337,11 +337,13 @@ class DistillSettings:
         check_range(self, 1, math.inf, "target_norm_steps")
         for name in self.teachers:
             # The name becomes part of weight names, TensorBoard tags and file names.
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _TAKEN:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
                 raise ValueError(
-                    f"teachers: {name!r} is not a valid name; use letters, digits and _, "
-                    f"start with a letter, and avoid {', '.join(sorted(_TAKEN))}"
+                    f"teachers: {name!r} is not a valid name; use letters, digits and _, and start "
+                    "with a letter"
                 )
+            if name in _RESERVED or name.startswith("register_"):
+                raise ValueError(f"teachers: {name!r} is a reserved name; use another one")
         for source in self.init.sources:
             if source not in self.teachers:
                 raise ValueError(
@@ -534,6 +536,16 @@ class DistillSettings:
             )
 
 
-# Methods of torch.nn.ModuleDict, whose keys are teachers' names, and names of other target sets.
-_TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
-_TAKEN |= {"average", "concat"}
+# Attributes of torch.nn.ModuleDict and of ours, whose keys are teachers' names, and names of other
+# target sets.
+_RESERVED = frozenset(
+    """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda
+    double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
+    get_submodule half ipu items keys load_state_dict modules mtia named_buffers named_children
+    named_modules named_parameters parameters pop requires_grad_ set_extra_state set_submodule
+    share_memory state_dict to to_empty train training type update values xpu zero_grad
+    dropout highest_layer kind settings shapes states states_among targets
+    average concat
+    """.split()
+)

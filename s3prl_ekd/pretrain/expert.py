@@ -27,6 +27,7 @@ from ..distill.aggregation import TargetSpec  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.frame_counts import FrameCounts  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
+from ..distill.settings import TeacherSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.student_settings import (  # noqa: E402
     ConvInput,
@@ -34,7 +35,6 @@ from ..distill.student_settings import (  # noqa: E402
     FileSettings,
     StudentSettings,
 )
-from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import to_plain_data  # noqa: E402
 from ..files.hub import same_model  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
@@ -96,7 +96,6 @@ class UpstreamPretrainExpert(nn.Module):
             raise SetupError(MULTI_GPU)
         self.device = device
         self.settings = load_model_config(upstream_config)
-        check_teacher_names(self.settings.teachers)
         teachers_of_run = pin_teachers(self.settings.teachers)  # checkpoints keep the commits
         self.settings = dataclasses.replace(self.settings, teachers=teachers_of_run)
         self.data = load_data_config(datarc)
@@ -134,6 +133,12 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_compile,
             self.settings.teacher_masked_norm,
         )
+        for name, teacher in teachers.items():
+            if 0 < self.data.sequence_length < teacher.field:
+                raise ConfigError(
+                    f"pretrain_expert.datarc.sequence_length: {self.data.sequence_length} samples "
+                    f"are shorter than a frame of teachers.{name}, {teacher.field}; raise it"
+                )
         if student is None:
             copy = cast(CopySettings, self.settings.student)
             student = copied_student(teachers, copy, self.settings.pruning)
@@ -186,11 +191,10 @@ class UpstreamPretrainExpert(nn.Module):
         units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
         for i, labels in enumerate(units):
             teacher = self.settings.teachers.get(labels.teacher)
-            # an unknown teacher is refused later; paths may differ only in the folder
+            # an unknown teacher is refused later
             if not is_new or teacher is None or not labels.model:
                 continue
-            same_file = Path(labels.model).name == Path(teacher.model).name
-            if not same_file and not same_model(labels.model, teacher.model):
+            if not _may_be_same(labels.model, teacher.model):
                 raise ConfigError(
                     f"unit_loss[{i}].file has units of {labels.model}, but "
                     f"teachers.{labels.teacher}.model is {teacher.model}; fit units of this "
@@ -268,12 +272,29 @@ class UpstreamPretrainExpert(nn.Module):
                     f"{[list(target) for target in spec.members]}; use the layers of its first "
                     f"run, {instead}"
                 )
+        first = _teachers_of_file(loaded.about)
         digests = loaded.about.get("teachers")
-        if isinstance(digests, dict) and digests.keys() != self._teacher_digests.keys():
+        names = digests if isinstance(digests, dict) else first
+        if names and names.keys() != self.settings.teachers.keys():
             raise ConfigError(
-                f"student.file: {file} was distilled from the teachers {', '.join(digests)}, this "
-                f"experiment has {', '.join(self._teacher_digests)}; use the same, {instead}"
+                f"student.file: {file} was distilled from the teachers {', '.join(names)}, this "
+                f"experiment has {', '.join(self.settings.teachers)}; use the same, {instead}"
             )
+        for name, old in first.items():
+            new = self.settings.teachers.get(name, old)
+            if old.targets != new.targets:
+                raise ConfigError(
+                    f"student.file: the heads of {file} predict the layers "
+                    f"{[list(target) for target in old.targets]} of {name}, this experiment "
+                    f"{[list(target) for target in new.targets]}; use the layers of its first run, "
+                    f"{instead}"
+                )
+            if not isinstance(digests, dict) and not _may_be_same(old.model, new.model):
+                logger.warning(
+                    "student.file: the heads of %s were trained with teachers.%s.model: %s, this "
+                    "experiment has %s",
+                    *(file, name, old.model, new.model),
+                )
         for name, digest in self._teacher_digests.items():
             if isinstance(digests, dict) and digests[name] != digest:
                 raise ConfigError(
@@ -530,6 +551,20 @@ def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
     return ", ".join(
         f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
     )
+
+
+def _may_be_same(first: str, second: str) -> bool:
+    """Whether two sources of a teacher may be one model: paths may differ in the folder."""
+    return Path(first).name == Path(second).name or same_model(first, second)
+
+
+def _teachers_of_file(about: Mapping[str, Any]) -> Mapping[str, TeacherSettings]:
+    """The teachers of the run that a student file is from; empty if it does not tell."""
+    config = about.get("config")
+    try:
+        return load_model_config(config).teachers if isinstance(config, dict) else {}
+    except ConfigError:
+        return {}
 
 
 def _count(module: nn.Module) -> int:
