@@ -365,6 +365,11 @@ def test_a_config_survives_the_checkpoint():
         ("student", {"train_extractor": 0}, ".student.train_extractor 0"),
         ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
         ("student", {"feature_grad_mult": 0}, "student.feature_grad_mult: 0 init.teacher"),
+        ("init", {"layers": [0, 6]}, "init.layers init.teacher"),
+        ("heads", {"per_teacher": True}, "heads.per_teacher aggregation: separate"),
+        ("heads", {"residual_weight": 2.0}, "heads.residual_weight heads.residual: true"),
+        ("targets", {"weight_steps": 5}, "targets.weight_steps teachers.NAME.final_weight"),
+        ("heads", {"kind": "layerwise"}, "heads.kind: layerwise layer 12 of one 0 to 2"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
         ("teachers.settings", {"model": "x"}, "teachers: 'settings'"),
         ("teachers.register_hook", {"model": "x"}, "teachers: 'register_hook'"),
@@ -449,6 +454,13 @@ UNITS = [{"file": "x"}]
             "loss.feature_penalty student.feature_grad_mult: 0",
         ),
         (
+            {
+                "student": {"encoder_layerdrop": 0.1},
+                "heads": {"kind": "layerwise"},
+            },
+            "heads.kind: layerwise student.encoder_layerdrop 0.1",
+        ),
+        (
             {"student": {"feature_grad_mult": 0}, "init": {"teacher": "one", "conv": False}},
             "student.feature_grad_mult: 0 init.teacher init.conv",
         ),
@@ -487,7 +499,7 @@ def test_every_name_that_a_module_uses_is_reserved():
 
 
 def test_a_checkpoint_may_have_settings_without_effect():
-    model = {**TWO, "student": {"feature_grad_mult": 0}}
+    model = {**TWO, "student": {"feature_grad_mult": 0}, "targets": {"weight_steps": 5}}
     assert load_model_config(model).student.feature_grad_mult == 0
 
 
@@ -593,6 +605,7 @@ OLD_MODEL = {
     "aggregation": "groups",
     "targets": {
         "separate_heads": True,
+        "across_teachers": True,
         "residual_heads": True,
         "residual_weight": 0.5,
         "standardise": "running",
@@ -605,7 +618,7 @@ OLD_MODEL = {
 NEW_MODEL = {
     **OLD_MODEL,
     "aggregation": "separate",
-    "targets": {"drop_teachers": 0.5},
+    "targets": {"drop_teachers": 0.5, "across_teachers": True},
     "heads": {"per_teacher": True, "residual": True, "residual_weight": 0.5},
     "target_norm": "mean_std",
     "target_norm_steps": 7,

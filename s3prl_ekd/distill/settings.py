@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .ranges import check_range
-from .student_settings import CopySettings, FileSettings, PruningSettings, StudentSettings
+from .student_settings import (
+    Architecture,
+    CopySettings,
+    FileSettings,
+    PruningSettings,
+    StudentSettings,
+)
 
 AggregationName = Literal["separate", "average", "concat"]
 TargetNormName = Literal["none", "mean_std", "phi_s", "procrustes"]
@@ -360,7 +366,30 @@ class DistillSettings:
 
         Not part of the construction: checkpoints of earlier versions may have such settings.
         """
-        student, init = self.student, self.init
+        student, init, heads = self.student, self.init, self.heads
+        if init.layers is not None and not init.sources:
+            raise ValueError("init.layers has no effect without init.teacher; set it, or remove it")
+        if (
+            heads.per_teacher
+            and self.aggregation == "separate"
+            and not self.targets.across_teachers
+        ):
+            raise ValueError(
+                "heads.per_teacher has no effect with aggregation: separate, which has heads for "
+                "each teacher already; remove it"
+            )
+        if heads.residual_weight != 1 and not heads.residual:
+            raise ValueError(
+                "heads.residual_weight has no effect without heads.residual: true; set it, or "
+                "remove the weight"
+            )
+        if self.targets.weight_steps and all(
+            teacher.final_weight is None for teacher in self.teachers.values()
+        ):
+            raise ValueError(
+                "targets.weight_steps has no effect without teachers.NAME.final_weight; set it for "
+                "a teacher, or remove weight_steps"
+            )
         if getattr(student, "feature_grad_mult", None) == 0:
             random = isinstance(student, StudentSettings) and not (init.sources and init.conv)
             if random and student.train_extractor:
@@ -443,17 +472,18 @@ class DistillSettings:
             )
 
     def _check_heads(self) -> None:
-        if self.heads.share is None:
-            return
-        shared = {layer for group in self.heads.share for layer in group}
+        share, student = self.heads.share, self.student
+        shared = {layer for group in share or () for layer in group}
         for name, teacher in self.teachers.items():
             for target in teacher.targets:
-                groups = [group for group in self.heads.share if set(target) <= set(group)]
-                if not groups:
+                if share is not None and not any(set(target) <= set(group) for group in share):
                     raise ValueError(
                         f"heads.share: no group has the layers {[*target]} of teachers.{name}; it "
                         f"has the layers {sorted(shared)}"
                     )
+        if self.heads.kind == "layerwise" and isinstance(student, StudentSettings):
+            for name, teacher in self.teachers.items():
+                check_layerwise(f"of {name}", max(map(max, teacher.targets)), student)
 
     def _check_weights(self) -> None:
         scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]
@@ -534,6 +564,25 @@ class DistillSettings:
                 "targets.drop_teachers needs heads for each teacher: use aggregation: separate, or "
                 "heads.per_teacher: true"
             )
+
+
+def check_layerwise(targets: str, highest: int, student: Architecture) -> None:
+    """Raise ValueError if a student lacks layers for layer-to-layer heads, or skips some at random.
+
+    Args:
+        targets: which targets, for the message.
+        highest: the highest layer among them.
+    """
+    if student.encoder_layerdrop > 0:
+        raise ValueError(
+            "heads.kind: layerwise needs all layers of the student, but "
+            f"student.encoder_layerdrop is {student.encoder_layerdrop}; set it to 0"
+        )
+    if highest > student.encoder_layers:
+        raise ValueError(
+            f"heads.kind: layerwise needs layer {highest} of the student for the targets "
+            f"{targets}; it has layers 0 to {student.encoder_layers}"
+        )
 
 
 # Attributes of torch.nn.ModuleDict and of ours, whose keys are teachers' names, and names of other

@@ -58,7 +58,12 @@ from ..teachers.names import pin_teachers  # noqa: E402
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .optim import add_to_s3prl  # noqa: E402
-from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
+from .settings import (  # noqa: E402
+    RunSettings,
+    check_activation_checkpointing,
+    load_data_config,
+    load_model_config,
+)
 
 if TYPE_CHECKING:
     from ..distill.span_mask import SpanMask
@@ -312,8 +317,7 @@ class UpstreamPretrainExpert(nn.Module):
         """Apply the run's settings to the student before the first step."""
         self.precision = run.precision
         student = self.distiller.student
-        if run.activation_checkpointing and student.backend == "s3prl":
-            raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
+        check_activation_checkpointing(self.settings, run)
         student.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             if run.activation_checkpointing:
@@ -388,8 +392,8 @@ class UpstreamPretrainExpert(nn.Module):
         highest = self.distiller.highest_layer
         if highest is not None and highest < depth:
             logger.warning(
-                "heads.kind: layerwise: no target is of the student's layers %d to %d, so they "
-                "learn nothing from the teachers",
+                "no term of the loss reads the student's layers %d to %d, so they learn nothing "
+                "from the teachers",
                 highest + 1,
                 depth,
             )

@@ -35,6 +35,7 @@ from .config_diff import check_changes, check_config_file, config_differences, d
 from .settings import (
     ModelFile,
     RunnerFile,
+    check_activation_checkpointing,
     check_pruning_run,
     check_runner_config,
     load_model_config,
@@ -94,6 +95,7 @@ def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
         )
         model = load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
         check_pruning_run(model, run)
+        check_activation_checkpointing(model, run.runner)
         check_sources(model, run)
 
 

@@ -253,6 +253,12 @@ def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
     return {**data, "aggregation": "separate"}
 
 
+def check_activation_checkpointing(model: ModelFile, run: RunSettings) -> None:
+    """Raise ConfigError if the student's forward has no activation checkpointing."""
+    if run.activation_checkpointing and model.student_backend == "s3prl":
+        raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
+
+
 def check_pruning_run(model: ModelFile, run: RunnerFile) -> None:
     """Check that a run can prune the student; warn if it ends before the target is reached.
 
