@@ -288,8 +288,8 @@ class DistillSettings:
     onto the same target of the first teacher, and scale it (ours)."""
 
     target_norm_steps: int = 1000
-    """Steps over which the statistics of ``target_norm`` are estimated before they are frozen
-    (ours)."""
+    """Batches of each process over which the statistics of ``target_norm`` are estimated before
+    they are frozen; with accumulation, a step has several (ours)."""
 
     heads: HeadSettings = field(default_factory=HeadSettings)
     """The prediction heads."""
