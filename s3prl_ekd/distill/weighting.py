@@ -87,9 +87,7 @@ class Agreement(nn.Module):
 
 
 @torch.no_grad()
-def drop_teachers(
-    losses: Mapping[str, Tensor], probability: float, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
+def drop_teachers(losses: Mapping[str, Tensor], probability: float) -> dict[str, Tensor]:
     """Draw the teachers of each utterance: teacher dropping (UNIC, arXiv 2408.05088).
 
     The teacher with the highest loss is kept; each of the others is dropped with ``probability``.
@@ -97,13 +95,12 @@ def drop_teachers(
     Args:
         losses: ``{teacher: [batch]}``, the loss of each utterance.
         probability: 0 to 1; UNIC uses 0.5.
-        generator: None: torch's default one, on the CPU.
 
     Returns:
         ``{teacher: [batch]}``, 1 where the teacher is kept and 0 where it is dropped.
     """
     stacked = torch.stack(list(losses.values()))  # [teacher, batch]
-    selected = torch.rand(stacked.shape, generator=generator) >= probability
+    selected = torch.rand(stacked.shape) >= probability  # drawn on the CPU
     hardest = stacked.argmax(0, keepdim=True)
     selected = selected.to(stacked.device, non_blocking=True).scatter(0, hardest, True)
     return dict(zip(losses, selected.to(stacked.dtype), strict=True))
