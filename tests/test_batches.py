@@ -125,6 +125,14 @@ def test_excerpts_are_random_parts_of_the_file(corpus):
     assert len(starts) > 4
 
 
+def test_an_excerpt_without_a_frame_of_the_student_is_an_error(corpus):
+    rows = read_tables(corpus / "tables", ["train"])
+    data = data_settings(corpus / "audio", 1, sequence_length=800)
+    with pytest.raises(DataError, match=r"sequence_length\b.*\b800\b.*\b801\b"):
+        DistillationDataset(data, rows, min_samples=801)
+    assert DistillationDataset(data, rows, min_samples=800)[0].lengths.tolist() == [800]
+
+
 @pytest.mark.parametrize(
     ("limit", "expected"), [(0, [500, 1000, 2000]), (1000, [500]), (-1000, [2000])]
 )

@@ -10,9 +10,17 @@ import pytest
 import yaml
 
 from s3prl_ekd.commands import fit_units
-from s3prl_ekd.distill.settings import HeadSettings, TeacherSettings, UnitLossSettings
+from s3prl_ekd.distill.aggregation import TargetSpec
+from s3prl_ekd.distill.heads import PredictionHeads
+from s3prl_ekd.distill.settings import (
+    DistillSettings,
+    HeadSettings,
+    TeacherSettings,
+    UnitLossSettings,
+)
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import CopySettings, FileSettings, StudentSettings
+from s3prl_ekd.distill.teachers import TeacherEnsemble
 from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.files.config import (
     apply_overrides,
@@ -356,7 +364,15 @@ def test_a_config_survives_the_checkpoint():
         ("init", {"teacher": "one", "layers": [0]}, "init.layers 2 1"),
         ("student", {"train_extractor": 0}, ".student.train_extractor 0"),
         ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
+        ("student", {"feature_grad_mult": 0}, "student.feature_grad_mult: 0 init.teacher"),
+        ("init", {"layers": [0, 6]}, "init.layers init.teacher"),
+        ("heads", {"per_teacher": True}, "heads.per_teacher aggregation: separate"),
+        ("heads", {"residual_weight": 2.0}, "heads.residual_weight heads.residual: true"),
+        ("targets", {"weight_steps": 5}, "targets.weight_steps teachers.NAME.final_weight"),
+        ("heads", {"kind": "layerwise"}, "heads.kind: layerwise layer 12 of one 0 to 2"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
+        ("teachers.settings", {"model": "x"}, "teachers: 'settings'"),
+        ("teachers.register_hook", {"model": "x"}, "teachers: 'register_hook'"),
         ("aggregation", "average", "aggregation: average one 3 two 1"),
         ("init", {"teacher": "three"}, "init 'three' one, two"),
         ("student", {"encoder_layers": 0}, ".student encoder_layers 0"),
@@ -431,6 +447,24 @@ UNITS = [{"file": "x"}]
             "loss.feature_penalty student.train_extractor: false",
         ),
         (
+            {
+                "student": {"kind": "copy", "of": "one", "feature_grad_mult": 0},
+                "loss": {"feature_penalty": 1.0},
+            },
+            "loss.feature_penalty student.feature_grad_mult: 0",
+        ),
+        (
+            {
+                "student": {"encoder_layerdrop": 0.1},
+                "heads": {"kind": "layerwise"},
+            },
+            "heads.kind: layerwise student.encoder_layerdrop 0.1",
+        ),
+        (
+            {"student": {"feature_grad_mult": 0}, "init": {"teacher": "one", "conv": False}},
+            "student.feature_grad_mult: 0 init.teacher init.conv",
+        ),
+        (
             {"teacher_masked_norm": True, "teacher_backend": "s3prl"},
             "teacher_masked_norm teacher_backend: fast teacher_backend: s3prl",
         ),
@@ -451,6 +485,22 @@ def test_settings_that_exclude_each_other(tmp_path, more, parts):
             rest = {k: v for k, v in more.items() if k != key}
             file.write_text(yaml.safe_dump({**TWO, **rest}))
             load_model_config(file)
+
+
+def test_every_name_that_a_module_uses_is_reserved():
+    """Teachers' names are keys of these modules."""
+    heads = PredictionHeads(4, {"a": TargetSpec(1, (4,))}, HeadSettings())
+    for module in (heads, TeacherEnsemble({})):
+        names = {name for name in dir(module) if not name.startswith("_")} - {"a"}
+        assert len(names) > 50
+        for name in names:
+            with pytest.raises(ValueError, match=f"'{name}' is a reserved name"):
+                DistillSettings({name: TeacherSettings("x")})
+
+
+def test_a_checkpoint_may_have_settings_without_effect():
+    model = {**TWO, "student": {"feature_grad_mult": 0}, "targets": {"weight_steps": 5}}
+    assert load_model_config(model).student.feature_grad_mult == 0
 
 
 @pytest.mark.parametrize("student", [{}, {"kind": "copy", "of": "one"}, FILE_STUDENT])
@@ -526,6 +576,8 @@ def assert_parts(message, file, parts):
         ("pretrain_expert.datarc.sequence_length", 100, "sequence_length 400 100"),
         ("pretrain_expert.datarc.loader_timeout", 0.5, "loader_timeout 0.5"),
         ("pretrain_expert.datarc.max_seconds", 1, "max_seconds 1"),
+        ("runner.gradient_clipping", 0, ".runner gradient_clipping 0"),
+        ("runner.gradient_clipping", -1, ".runner gradient_clipping -1"),
         ("runner.max_keep", 0, ".runner max_keep 0"),
         ("runner.max_nonfinite", 0, ".runner max_nonfinite 0"),
         ("runner.autosave_minutes", -1, ".runner autosave_minutes -1.0"),
@@ -553,6 +605,7 @@ OLD_MODEL = {
     "aggregation": "groups",
     "targets": {
         "separate_heads": True,
+        "across_teachers": True,
         "residual_heads": True,
         "residual_weight": 0.5,
         "standardise": "running",
@@ -565,7 +618,7 @@ OLD_MODEL = {
 NEW_MODEL = {
     **OLD_MODEL,
     "aggregation": "separate",
-    "targets": {"drop_teachers": 0.5},
+    "targets": {"drop_teachers": 0.5, "across_teachers": True},
     "heads": {"per_teacher": True, "residual": True, "residual_weight": 0.5},
     "target_norm": "mean_std",
     "target_norm_steps": 7,

@@ -151,6 +151,24 @@ def test_a_dimension_of_weight_two_counts_twice():
     assert torch.allclose(heavy.cosine, twice.cosine, atol=1e-6)
 
 
+@pytest.mark.parametrize("cosine", ["log_sigmoid", "raw"])
+def test_a_prediction_of_zero_gets_no_gradient_of_the_cosine(cosine):
+    """As of padded frames; the other frames get the gradient that they had."""
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 1, 4, 3), torch.randn(2, 1, 4, 3)
+    prediction[1, :, 2:] = 0
+    results = []
+    for mask_padding in (True, False):
+        settings = LossSettings(cosine=cosine, mask_padding=mask_padding)
+        leaf = prediction.clone().requires_grad_()
+        value = distillation_terms(leaf, target, None, settings).cosine.sum()
+        value.backward()
+        results.append((value.item(), leaf.grad))
+    (first, before), (second, after) = results
+    assert first == second and (after[1, :, 2:] == 0).all()
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1, :, :2], after[1, :, :2])
+
+
 def test_different_shapes_are_an_error():
     with pytest.raises(TeacherError, match=r"\[1, 1, 3, 4\].*\[1, 1, 3, 8\]"):
         distillation_terms(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 8), None)

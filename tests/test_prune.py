@@ -328,6 +328,10 @@ SECOND = {
         lambda t: write_second(t, heads={"kind": "linear"}),
         ["student.file", "layerwise", "linear"],
     ),
+    "as many other layers of linear heads": (
+        lambda t: write_second(t, "linear.pt", layers=(1, 2, 4), heads={"kind": "linear"}),
+        ["student.file", "linear.pt", "[[0], [2], [4]]", "[[1], [2], [4]]"],
+    ),
     "no heads": (lambda t: write_second(t, "headless.pt"), ["student.file", "headless.pt"]),
     "missing": (lambda t: write_second(t, "missing.pt"), ["missing.pt"]),
     "pruning": (
@@ -382,6 +386,9 @@ def test_refused_configs(here, teachers, pretrain, case):
     average = {"average": loaded.targets["hubert"]}
     heads = PredictionHeads(48, average, HeadSettings(kind="layerwise"))
     write_student(LoadedStudent(loaded.student, heads, average, loaded.about), "average.pt")
+    linear = PredictionHeads(48, loaded.targets, HeadSettings(kind="linear"))
+    targets = {name: dataclasses.replace(spec, members=()) for name, spec in loaded.targets.items()}
+    write_student(LoadedStudent(loaded.student, linear, targets, loaded.about), "linear.pt")
     write, parts = {**SECOND, **FIRST_STEP}[case]
     write(teachers)
     if case == "optimizer":

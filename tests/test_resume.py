@@ -40,6 +40,22 @@ def test_a_longer_run_has_the_schedule_of_its_length(run):
     assert code == 0 and re.search(r"\b12 steps\b", output)
 
 
+@pytest.mark.parametrize("scheduler", [None, {"name": "linear_schedule_with_warmup"}])
+def test_a_resumed_run_takes_the_learning_rate_of_the_command(run, tmp_path, scheduler):
+    with edit_yaml(tmp_path / "runner.yaml") as config:
+        config["optimizer"] = {"name": "FusedAdamW", "lr": 1e-3}
+        config["scheduler"] = scheduler and {**scheduler, "num_warmup_steps": 1}
+        config["runner"].update(total_steps=4, log_step=1)
+    assert run("-u", "ekd", "-n", "y", "-c", "runner.yaml", "-g", "model.yaml")[0] == 0
+    more = "config.runner.total_steps=8,,config.optimizer.lr=5.e-3"
+    assert run("-u", "ekd", "-n", "y", "-a", "-o", more)[0] == 0
+    rates = read_scalars("result/pretrain/y")["ekd/train-lr"]
+    # both schedules by hand: linear to 0 at the last step, after a warm-up of about one step
+    warmup = 1 if scheduler else 0.07 * 8
+    for step in range(5, 8):
+        assert rates[step] == pytest.approx(5e-3 * (8 - step) / (8 - warmup), rel=1e-4)
+
+
 def test_a_new_run_in_the_folder_of_another(run):
     before = {path.name for path in newest_checkpoint("result/pretrain/x").parent.iterdir()}
     code, output = run("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")

@@ -198,3 +198,5 @@ def test_an_interrupted_line_does_not_hide_others(folder):
     with (folder / "stored_states.txt").open("a") as file:
         file.write("0123456789abcdef")
     assert noise() in StoredStates(folder) and noise(5000) in StoredStates(folder)
+    write_states(folder, noise(6000), torch.ones(2, 18, 3))  # after it
+    assert noise(6000) in StoredStates(folder)

@@ -20,7 +20,7 @@ from s3prl_ekd.distill.settings import (
 )
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.target_norm import TargetNorm
-from s3prl_ekd.distill.teachers import Teacher, TeacherEnsemble
+from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.distill.weighting import (
     TeacherDropping,
     agreeing_dims,
@@ -138,9 +138,9 @@ def test_a_teacher_of_weight_zero_has_no_effect(teachers, student_settings, wave
 
 
 def test_dropping_keeps_the_hardest_and_drops_the_others_half_the_time():
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     losses = {"a": torch.rand(4000), "b": torch.rand(4000), "c": torch.rand(4000)}
-    stays = drop_teachers(losses, 0.5, generator)
+    stays = drop_teachers(losses, 0.5)
     hardest = torch.stack(list(losses.values())).argmax(0)
     for i, name in enumerate(losses):
         assert (stays[name][hardest == i] == 1).all()
@@ -180,8 +180,8 @@ def test_the_scale_of_the_loss_with_dropping(monkeypatch, teacher_count, probabi
     mask = (torch.arange(5) < torch.tensor([[5], [2]])).float()
     names = [f"t{i}" for i in range(teacher_count)]
     targets = dict.fromkeys(names, target)
-    predictions = dict.fromkeys(names, target + error)
-    comparison = Comparison(predictions, targets, mask, mask, targets, targets, {}, {}, None)
+    predictions, shares = dict.fromkeys(names, target + error), dict.fromkeys(names, 1.0)
+    comparison = Comparison(predictions, targets, mask, mask, targets, targets, shares, {}, None)
     weights = LossWeights(dict.fromkeys(names, mask))
     plain, _ = distillation_loss(predictions, targets, weights)
     dropping = TeacherDropping(probability, LossSettings())
@@ -199,6 +199,22 @@ def test_the_scale_of_the_loss_with_dropping(monkeypatch, teacher_count, probabi
     scale = (1 + (teacher_count - 1) * (1 - probability)) / teacher_count
     assert mean == pytest.approx(scale * plain.item(), rel=1e-5)
     assert kept == pytest.approx(scale)
+
+
+def test_a_teacher_of_weight_zero_is_not_the_one_that_is_kept(teachers, student_settings, waves):
+    """Without it the loss is the same, however high its own loss is."""
+    options = {"targets": TargetSettings(drop_teachers=1.0)}
+    names = ["hubert", "wavlm", "robust"]
+    three = distiller(teachers, student_settings, names, t2={"weight": 0.0}, **options)
+    two = distiller(teachers, student_settings, names[:2], **options)
+    two.student.load_state_dict(three.student.state_dict())
+    for name, head in two.heads.items():
+        head.load_state_dict(three.heads[name].state_dict())
+    with torch.no_grad():
+        for weight in three.heads["t2"].parameters():
+            weight.mul_(100)
+    expected = two(batch_of(waves))[0].item()
+    assert three(batch_of(waves))[0].item() == pytest.approx(expected, rel=1e-6) and expected > 0
 
 
 def test_the_share_of_teachers_that_a_batch_keeps_is_logged(teachers, student_settings, waves):
@@ -418,13 +434,6 @@ def test_units_that_do_not_fit(teachers, student_settings, change, values):
     vars(units).update(change)
     with pytest.raises(TeacherError, match=values):
         distiller(teachers, student_settings, ["hubert"], units=[units])
-
-
-@pytest.mark.parametrize("name", ["half", "states", "eval", "kind", "dropout"])
-def test_names_that_torch_uses(teachers, name):
-    teacher = Teacher(load(teachers["hubert"]), (1,), name)
-    with pytest.raises(TeacherError, match=f"teachers: '{name}'"):
-        TeacherEnsemble({name: teacher})
 
 
 # Frames and dimensions that would distort the statistics

@@ -1,5 +1,9 @@
 """Units of several teachers: a head for each file, on masked and unmasked frames."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -240,6 +244,40 @@ def test_a_run_with_units_of_two_teachers_is_resumed(folder, pretrain_with):
         "wavlm_layer4.weight": 6,
         "wavlm_layer4.bias": 6,
     }
+
+
+def test_units_of_another_model_are_refused(folder, pretrain_with):
+    units = random_units("hubert", 3)
+    units.model = "other.pt"
+    save_units(units, folder / "one.safetensors")
+    code, output = pretrain_with("x", num_workers=0)
+    assert code == 2 and re.search(r"unit_loss\[0\].*other\.pt.*teachers\.hubert", output)
+    with edit_yaml(folder / "model.yaml") as config:
+        units.model = "/elsewhere/" + Path(config["teachers"]["hubert"]["model"]).name
+    save_units(units, folder / "one.safetensors")
+    adapter(folder)
+
+
+def test_units_and_teachers_that_have_changed_since_the_checkpoint(folder, pretrain_with):
+    with edit_yaml(folder / "model.yaml") as config:
+        shutil.copy(config["teachers"]["wavlm"]["model"], folder / "teacher.pt")
+        config["teachers"]["wavlm"]["model"] = "teacher.pt"
+    assert pretrain_with("x", num_workers=0)[0] == 0
+    units = (folder / "two.safetensors").read_bytes()
+    save_units(random_units("wavlm", 4, clusters=6, seed=9), folder / "two.safetensors")
+    code, output = pretrain_with("x", "-a")
+    assert code == 2 and re.search(r"changed.*: unit_loss\[1\]\.file;", output)
+    (folder / "two.safetensors").write_bytes(units)
+    states = torch.load(folder / "teacher.pt", weights_only=False)
+    torch.save({**states, "more": 1}, folder / "teacher.pt")
+    code, output = pretrain_with("x", "-a")
+    assert code == 2 and re.search(r"changed.*: teachers\.wavlm\.model;", output)
+
+
+def test_a_missing_units_file_is_noticed_before_the_teachers_load(folder, pretrain_with):
+    (folder / "two.safetensors").unlink()
+    code, output = pretrain_with("x", num_workers=0)
+    assert code == 2 and "two.safetensors" in output and "teacher hubert" not in output
 
 
 def test_a_checkpoint_of_version_0_1_with_a_unit_head(folder, pretrain_with, pretrain):

@@ -3,6 +3,7 @@
 import random
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,17 +160,22 @@ def test_the_module_that_init_wrote_finds_the_method(written):
     assert "torch.nn.modules.module.Module" in run_python(code, str(path))
 
 
-def test_a_sweep_of_that_time_is_known_by_its_digest(tmp_path):
+def test_a_sweep_of_that_time_is_known_by_its_digest(tmp_path, monkeypatch):
     """``matrix`` keeps a finished run whose digest is that of its settings.
 
     Its penalty of the conv features was the mean of the batches, which is not the default any more.
     """
     text = (FILES / "model.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("units.safetensors").write_bytes(b"units")  # whose contents were not in the digest
     config = tmp_path / "model.yaml"
     config.write_text(text.replace("\nloss:\n", "\nloss:\n  reduce: batches\n"))
-    assert SweepRun(FILES / "model.yaml", FILES / "runner.yaml", 1, "").digest != DIGEST
+    assert DIGEST not in SweepRun(FILES / "model.yaml", FILES / "runner.yaml", 1, "").digests
     run = SweepRun(config, FILES / "runner.yaml", 1, "")
-    assert run.digest == DIGEST
+    first = run.digest
+    assert first != DIGEST and DIGEST in run.digests
+    Path("units.safetensors").write_bytes(b"others")
+    assert first not in run.digests
 
 
 @pytest.mark.parametrize(

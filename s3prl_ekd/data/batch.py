@@ -107,6 +107,11 @@ class BatchDataset(Dataset):
         span_mask: SpanMask | None = None,
     ):
         self.sequence_length = data.sequence_length
+        if 0 < self.sequence_length < min_samples:
+            raise DataError(
+                f"pretrain_expert.datarc.sequence_length: {self.sequence_length} samples are "
+                f"shorter than a frame of the student, {min_samples}; raise it"
+            )
         self.min_samples = min_samples
         self.seed = seed
         self.skip_bad = data.on_bad_audio == "skip"

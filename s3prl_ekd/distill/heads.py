@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from .aggregation import TargetSpec
-from .settings import HeadSettings
+from .settings import HeadSettings, check_layerwise
 from .student_forward import StudentOutput
 from .student_settings import Architecture
 
@@ -154,12 +154,6 @@ def check_layers(specs: Mapping[str, TargetSpec], student: Architecture) -> None
         TeacherError: the teachers of a target set have different layers, or the student has fewer
             or skips some at random.
     """
-    depth = student.encoder_layers
-    if student.encoder_layerdrop > 0:
-        raise TeacherError(
-            "heads.kind: layerwise needs all layers of the student, but "
-            f"student.encoder_layerdrop is {student.encoder_layerdrop}; set it to 0"
-        )
     for name, spec in specs.items():
         if not spec.members:
             raise TeacherError(
@@ -168,8 +162,7 @@ def check_layers(specs: Mapping[str, TargetSpec], student: Architecture) -> None
                 "aggregation: separate"
             )
         highest = max(layer for target in spec.members for layer in target)
-        if highest > depth:
-            raise TeacherError(
-                f"heads.kind: layerwise needs layer {highest} of the student for the targets "
-                f"{name}; it has layers 0 to {depth}"
-            )
+        try:
+            check_layerwise(name, highest, student)
+        except ValueError as error:
+            raise TeacherError(str(error)) from None

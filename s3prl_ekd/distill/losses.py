@@ -119,6 +119,9 @@ def frame_terms(
         root = dims.sqrt()  # so that each weight enters the inner product once
         prediction, target = prediction * root, target * root
     cosine = F.cosine_similarity(prediction, target, dim=-1)
+    if not settings.mask_padding:
+        # A padded frame of layer 0 is zero, where the gradient of the cosine is 1e8 times too large
+        cosine = cosine.masked_fill(~prediction.any(-1), 0.0)
     return LossTerms(reconstruction, COSINES[settings.cosine](cosine))
 
 

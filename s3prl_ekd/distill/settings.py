@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .ranges import check_range
-from .student_settings import CopySettings, FileSettings, PruningSettings, StudentSettings
+from .student_settings import (
+    Architecture,
+    CopySettings,
+    FileSettings,
+    PruningSettings,
+    StudentSettings,
+)
 
 AggregationName = Literal["separate", "average", "concat"]
 TargetNormName = Literal["none", "mean_std", "phi_s", "procrustes"]
@@ -282,8 +288,8 @@ class DistillSettings:
     onto the same target of the first teacher, and scale it (ours)."""
 
     target_norm_steps: int = 1000
-    """Steps over which the statistics of ``target_norm`` are estimated before they are frozen
-    (ours)."""
+    """Batches of each process over which the statistics of ``target_norm`` are estimated before
+    they are frozen; with accumulation, a step has several (ours)."""
 
     heads: HeadSettings = field(default_factory=HeadSettings)
     """The prediction heads."""
@@ -337,11 +343,13 @@ class DistillSettings:
         check_range(self, 1, math.inf, "target_norm_steps")
         for name in self.teachers:
             # The name becomes part of weight names, TensorBoard tags and file names.
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) or name in _TAKEN:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
                 raise ValueError(
-                    f"teachers: {name!r} is not a valid name; use letters, digits and _, "
-                    f"start with a letter, and avoid {', '.join(sorted(_TAKEN))}"
+                    f"teachers: {name!r} is not a valid name; use letters, digits and _, and start "
+                    "with a letter"
                 )
+            if name in _RESERVED or name.startswith("register_"):
+                raise ValueError(f"teachers: {name!r} is a reserved name; use another one")
         for source in self.init.sources:
             if source not in self.teachers:
                 raise ValueError(
@@ -352,6 +360,48 @@ class DistillSettings:
         self._check_weights()
         self._check_targets()
         self._check_backends()
+
+    def check_effects(self) -> None:
+        """Raise ValueError for a setting that others switch off, or a frozen random extractor.
+
+        Not part of the construction: checkpoints of earlier versions may have such settings.
+        """
+        student, init, heads = self.student, self.init, self.heads
+        if init.layers is not None and not init.sources:
+            raise ValueError("init.layers has no effect without init.teacher; set it, or remove it")
+        if (
+            heads.per_teacher
+            and self.aggregation == "separate"
+            and not self.targets.across_teachers
+        ):
+            raise ValueError(
+                "heads.per_teacher has no effect with aggregation: separate, which has heads for "
+                "each teacher already; remove it"
+            )
+        if heads.residual_weight != 1 and not heads.residual:
+            raise ValueError(
+                "heads.residual_weight has no effect without heads.residual: true; set it, or "
+                "remove the weight"
+            )
+        if self.targets.weight_steps and all(
+            teacher.final_weight is None for teacher in self.teachers.values()
+        ):
+            raise ValueError(
+                "targets.weight_steps has no effect without teachers.NAME.final_weight; set it for "
+                "a teacher, or remove weight_steps"
+            )
+        if getattr(student, "feature_grad_mult", None) == 0:
+            random = isinstance(student, StudentSettings) and not (init.sources and init.conv)
+            if random and student.train_extractor:
+                raise ValueError(
+                    "student.feature_grad_mult: 0 would keep a conv extractor of random weights; "
+                    "set init.teacher and init.conv: true, or set it above 0"
+                )
+            if self.loss.feature_penalty:
+                raise ValueError(
+                    "loss.feature_penalty has no effect with student.feature_grad_mult: 0; set it "
+                    "to 0 or train the extractor"
+                )
 
     def _check_backends(self) -> None:
         slow = self.teacher_backend == "s3prl" or self.teacher_dropout
@@ -422,17 +472,18 @@ class DistillSettings:
             )
 
     def _check_heads(self) -> None:
-        if self.heads.share is None:
-            return
-        shared = {layer for group in self.heads.share for layer in group}
+        share, student = self.heads.share, self.student
+        shared = {layer for group in share or () for layer in group}
         for name, teacher in self.teachers.items():
             for target in teacher.targets:
-                groups = [group for group in self.heads.share if set(target) <= set(group)]
-                if not groups:
+                if share is not None and not any(set(target) <= set(group) for group in share):
                     raise ValueError(
                         f"heads.share: no group has the layers {[*target]} of teachers.{name}; it "
                         f"has the layers {sorted(shared)}"
                     )
+        if self.heads.kind == "layerwise" and isinstance(student, StudentSettings):
+            for name, teacher in self.teachers.items():
+                check_layerwise(f"of {name}", max(map(max, teacher.targets)), student)
 
     def _check_weights(self) -> None:
         scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]
@@ -515,6 +566,35 @@ class DistillSettings:
             )
 
 
-# Methods of torch.nn.ModuleDict, whose keys are teachers' names, and names of other target sets.
-_TAKEN = {"keys", "items", "values", "pop", "clear", "update", "forward", "type", "train", "to"}
-_TAKEN |= {"average", "concat"}
+def check_layerwise(targets: str, highest: int, student: Architecture) -> None:
+    """Raise ValueError if a student lacks layers for layer-to-layer heads, or skips some at random.
+
+    Args:
+        targets: which targets, for the message.
+        highest: the highest layer among them.
+    """
+    if student.encoder_layerdrop > 0:
+        raise ValueError(
+            "heads.kind: layerwise needs all layers of the student, but "
+            f"student.encoder_layerdrop is {student.encoder_layerdrop}; set it to 0"
+        )
+    if highest > student.encoder_layers:
+        raise ValueError(
+            f"heads.kind: layerwise needs layer {highest} of the student for the targets "
+            f"{targets}; it has layers 0 to {student.encoder_layers}"
+        )
+
+
+# Attributes of torch.nn.ModuleDict and of ours, whose keys are teachers' names, and names of other
+# target sets.
+_RESERVED = frozenset(
+    """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda
+    double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
+    get_submodule half ipu items keys load_state_dict modules mtia named_buffers named_children
+    named_modules named_parameters parameters pop requires_grad_ set_extra_state set_submodule
+    share_memory state_dict to to_empty train training type update values xpu zero_grad
+    dropout highest_layer kind settings shapes states states_among targets
+    average concat
+    """.split()
+)

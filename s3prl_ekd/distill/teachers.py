@@ -163,15 +163,6 @@ def _label(target: tuple[int, ...]) -> str:
     return "layers" + "_".join(map(str, target))
 
 
-def check_teacher_names(names: Iterable[str]) -> None:
-    """Raise TeacherError for a name that torch's containers use, such as ``half``."""
-    for name in names:
-        if hasattr(TeacherEnsemble, name) or name in ("dropout", "kind", "training"):
-            raise TeacherError(
-                f"teachers: {name!r} is not a valid name, because torch uses it; use another name"
-            )
-
-
 class TeacherEnsemble(nn.ModuleDict):
     """The teachers by name, frozen; in eval mode even after ``train()``, unless ``dropout`` is set.
 
@@ -183,7 +174,6 @@ class TeacherEnsemble(nn.ModuleDict):
     def __init__(self, teachers: Mapping[str, Teacher], dropout: bool = False):
         super().__init__()
         self.dropout = dropout
-        check_teacher_names(teachers)
         self.update(teachers)
 
     def train(self, mode: bool = True) -> TeacherEnsemble:

@@ -45,8 +45,10 @@ class TeacherDropping(nn.Module):
         if not self.training:
             return weights
         mask = comparison.mask
-        losses = {}  # teacher -> [batch]
+        losses = {}  # teacher -> [batch]; one of weight 0 must not be the one that is kept
         for name in comparison.teachers:
+            if comparison.shares[name] == 0:
+                continue
             reconstruction, cosine = frame_terms(
                 comparison.predictions[name].detach(), comparison.targets[name], self.settings
             )
@@ -85,9 +87,7 @@ class Agreement(nn.Module):
 
 
 @torch.no_grad()
-def drop_teachers(
-    losses: Mapping[str, Tensor], probability: float, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
+def drop_teachers(losses: Mapping[str, Tensor], probability: float) -> dict[str, Tensor]:
     """Draw the teachers of each utterance: teacher dropping (UNIC, arXiv 2408.05088).
 
     The teacher with the highest loss is kept; each of the others is dropped with ``probability``.
@@ -95,13 +95,12 @@ def drop_teachers(
     Args:
         losses: ``{teacher: [batch]}``, the loss of each utterance.
         probability: 0 to 1; UNIC uses 0.5.
-        generator: None: torch's default one, on the CPU.
 
     Returns:
         ``{teacher: [batch]}``, 1 where the teacher is kept and 0 where it is dropped.
     """
     stacked = torch.stack(list(losses.values()))  # [teacher, batch]
-    selected = torch.rand(stacked.shape, generator=generator) >= probability
+    selected = torch.rand(stacked.shape) >= probability  # drawn on the CPU
     hardest = stacked.argmax(0, keepdim=True)
     selected = selected.to(stacked.device, non_blocking=True).scatter(0, hardest, True)
     return dict(zip(losses, selected.to(stacked.dtype), strict=True))

@@ -43,6 +43,8 @@ class Progress:
     batch: int = 0  # batches of this epoch that all processes together have used
     batches: int = 0  # batches of an epoch
     tables: dict[str, str] = field(default_factory=dict)  # digest of each length table
+    # SHA-256 of teachers' checkpoints and unit files, by config key
+    sources: dict[str, str] = field(default_factory=dict)
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest dev loss
@@ -71,14 +73,15 @@ class Progress:
             check_format_version(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
-            data = {"dev_due": False, **data}  # version 0.1 did not write it
+            data = {"dev_due": False, "sources": {}, **data}  # version 0.1 did not write these
             values = {field.name: data[field.name] for field in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
             if not all(type(values[name]) is int and values[name] >= 0 for name in counts):
                 raise TypeError(f"expected whole numbers for {', '.join(counts)}")
             records = {name: list(points.unbind()) for name, points in values["records"].items()}
             values["records"] = defaultdict(list, records)
-            values["tables"], values["scaler"] = dict(values["tables"]), dict(values["scaler"])
+            for name in ("tables", "sources", "scaler"):
+                values[name] = dict(values[name])
             if not isinstance(data["random"], list):
                 raise TypeError("random must be a list")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Compare the config and length tables of a checkpoint with those of the run that resumes it."""
+"""Compare config, length tables, teachers and units of a checkpoint with those of its run now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.shar.shards import is_shar, shar_digest
+from ..distill.settings import DistillSettings
 from ..errors import CheckpointError, DataError
+from ..files.atomic import file_sha256
 from ..files.config import override_option
 
 DATA = "pretrain_expert.datarc"
@@ -91,6 +93,31 @@ def check_tables(
         raise DataError(
             f"training data have changed since the checkpoint was written: {tables}; restore them, "
             f"or train on the new ones from a new epoch with {override_option(SETS, list(current))}"
+        )
+
+
+def source_digests(settings: DistillSettings) -> dict[str, str]:
+    """SHA-256 of the teachers' checkpoints and unit files, by the keys that name them.
+
+    Teachers that are no file are left out: a name of s3prl, a folder, or an id with its commit.
+    """
+    files = {f"teachers.{name}.model": t.model for name, t in settings.teachers.items()}
+    files |= {f"unit_loss[{i}].file": unit.file for i, unit in enumerate(settings.unit_loss)}
+    return {key: file_sha256(path) for key, path in files.items() if Path(path).is_file()}
+
+
+def check_sources(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
+    """Raise DataError if teachers or units have changed since the checkpoint was written.
+
+    Args:
+        saved: digests in the checkpoint; empty if an earlier version wrote it.
+        current: :func:`source_digests` now.
+    """
+    changed = [key for key in current if saved.get(key, current[key]) != current[key]]
+    if changed:
+        raise DataError(
+            f"files have changed since the checkpoint was written: {', '.join(changed)}; restore "
+            "them, or start a new run under another name"
         )
 
 

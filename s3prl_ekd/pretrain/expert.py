@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ..distill.aggregation import TargetSpec  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.frame_counts import FrameCounts  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
+from ..distill.settings import TeacherSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.student_settings import (  # noqa: E402
     ConvInput,
@@ -33,8 +35,8 @@ from ..distill.student_settings import (  # noqa: E402
     FileSettings,
     StudentSettings,
 )
-from ..distill.teachers import check_teacher_names  # noqa: E402
 from ..files.config import to_plain_data  # noqa: E402
+from ..files.hub import same_model  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
@@ -56,7 +58,12 @@ from ..teachers.names import pin_teachers  # noqa: E402
 from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .optim import add_to_s3prl  # noqa: E402
-from .settings import RunSettings, load_data_config, load_model_config  # noqa: E402
+from .settings import (  # noqa: E402
+    RunSettings,
+    check_activation_checkpointing,
+    load_data_config,
+    load_model_config,
+)
 
 if TYPE_CHECKING:
     from ..distill.span_mask import SpanMask
@@ -94,7 +101,6 @@ class UpstreamPretrainExpert(nn.Module):
             raise SetupError(MULTI_GPU)
         self.device = device
         self.settings = load_model_config(upstream_config)
-        check_teacher_names(self.settings.teachers)
         teachers_of_run = pin_teachers(self.settings.teachers)  # checkpoints keep the commits
         self.settings = dataclasses.replace(self.settings, teachers=teachers_of_run)
         self.data = load_data_config(datarc)
@@ -123,6 +129,7 @@ class UpstreamPretrainExpert(nn.Module):
             self.loaders.append(self.dev_dataloader)
         if mask is not None:
             self._check_mask_length(mask.length, conv)
+        units = self._load_units(is_new=not isinstance(upstream_config, dict))
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -131,14 +138,15 @@ class UpstreamPretrainExpert(nn.Module):
             self.settings.teacher_compile,
             self.settings.teacher_masked_norm,
         )
+        for name, teacher in teachers.items():
+            if 0 < self.data.sequence_length < teacher.field:
+                raise ConfigError(
+                    f"pretrain_expert.datarc.sequence_length: {self.data.sequence_length} samples "
+                    f"are shorter than a frame of teachers.{name}, {teacher.field}; raise it"
+                )
         if student is None:
             copy = cast(CopySettings, self.settings.student)
             student = copied_student(teachers, copy, self.settings.pruning)
-        units: list[Units] = []
-        if self.settings.unit_loss:
-            from ..essence.units import load_units
-
-            units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
         if self.targets is not None:
             use.check_unit_layers(units, self.settings)
             batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
@@ -173,6 +181,31 @@ class UpstreamPretrainExpert(nn.Module):
             slow = self.settings.teacher_backend == "s3prl" or self.settings.teacher_dropout
             precision = precision if precision in DTYPES and not slow else "float32"
         self.settings = dataclasses.replace(self.settings, teacher_precision=precision)
+
+    def _load_units(self, is_new: bool) -> list[Units]:
+        """Read the files of ``unit_loss``.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            ConfigError: a new run's file has units of another model than its teacher.
+        """
+        if not self.settings.unit_loss:
+            return []
+        from ..essence.units import load_units
+
+        units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
+        for i, labels in enumerate(units):
+            teacher = self.settings.teachers.get(labels.teacher)
+            # an unknown teacher is refused later
+            if not is_new or teacher is None or not labels.model:
+                continue
+            if not _may_be_same(labels.model, teacher.model):
+                raise ConfigError(
+                    f"unit_loss[{i}].file has units of {labels.model}, but "
+                    f"teachers.{labels.teacher}.model is {teacher.model}; fit units of this "
+                    "model with s3prl-ekd fit-units, or write the same name if both are one model"
+                )
+        return units
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
         """Raise ConfigError if no utterance is as long as a masked span."""
@@ -244,12 +277,29 @@ class UpstreamPretrainExpert(nn.Module):
                     f"{[list(target) for target in spec.members]}; use the layers of its first "
                     f"run, {instead}"
                 )
+        first = _teachers_of_file(loaded.about)
         digests = loaded.about.get("teachers")
-        if isinstance(digests, dict) and digests.keys() != self._teacher_digests.keys():
+        names = digests if isinstance(digests, dict) else first
+        if names and names.keys() != self.settings.teachers.keys():
             raise ConfigError(
-                f"student.file: {file} was distilled from the teachers {', '.join(digests)}, this "
-                f"experiment has {', '.join(self._teacher_digests)}; use the same, {instead}"
+                f"student.file: {file} was distilled from the teachers {', '.join(names)}, this "
+                f"experiment has {', '.join(self.settings.teachers)}; use the same, {instead}"
             )
+        for name, old in first.items():
+            new = self.settings.teachers.get(name, old)
+            if old.targets != new.targets:
+                raise ConfigError(
+                    f"student.file: the heads of {file} predict the layers "
+                    f"{[list(target) for target in old.targets]} of {name}, this experiment "
+                    f"{[list(target) for target in new.targets]}; use the layers of its first run, "
+                    f"{instead}"
+                )
+            if not isinstance(digests, dict) and not _may_be_same(old.model, new.model):
+                logger.warning(
+                    "student.file: the heads of %s were trained with teachers.%s.model: %s, this "
+                    "experiment has %s",
+                    *(file, name, old.model, new.model),
+                )
         for name, digest in self._teacher_digests.items():
             if isinstance(digests, dict) and digests[name] != digest:
                 raise ConfigError(
@@ -267,8 +317,7 @@ class UpstreamPretrainExpert(nn.Module):
         """Apply the run's settings to the student before the first step."""
         self.precision = run.precision
         student = self.distiller.student
-        if run.activation_checkpointing and student.backend == "s3prl":
-            raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
+        check_activation_checkpointing(self.settings, run)
         student.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             if run.activation_checkpointing:
@@ -343,8 +392,8 @@ class UpstreamPretrainExpert(nn.Module):
         highest = self.distiller.highest_layer
         if highest is not None and highest < depth:
             logger.warning(
-                "heads.kind: layerwise: no target is of the student's layers %d to %d, so they "
-                "learn nothing from the teachers",
+                "no term of the loss reads the student's layers %d to %d, so they learn nothing "
+                "from the teachers",
                 highest + 1,
                 depth,
             )
@@ -506,6 +555,20 @@ def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
     return ", ".join(
         f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
     )
+
+
+def _may_be_same(first: str, second: str) -> bool:
+    """Whether two sources of a teacher may be one model: paths may differ in the folder."""
+    return Path(first).name == Path(second).name or same_model(first, second)
+
+
+def _teachers_of_file(about: Mapping[str, Any]) -> Mapping[str, TeacherSettings]:
+    """The teachers of the run that a student file is from; empty if it does not tell."""
+    config = about.get("config")
+    try:
+        return load_model_config(config).teachers if isinstance(config, dict) else {}
+    except ConfigError:
+        return {}
 
 
 def _count(module: nn.Module) -> int:

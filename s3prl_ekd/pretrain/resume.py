@@ -13,7 +13,7 @@ from ..data.settings import DataSettings
 from ..errors import CheckpointError
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
-from .config_diff import DATA, check_tables, table_digests
+from .config_diff import DATA, check_sources, check_tables, source_digests, table_digests
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
@@ -37,12 +37,14 @@ def resumed_progress(
         overridden: config keys that ``-o`` sets in this command.
 
     Raises:
-        EkdError: the checkpoint is damaged, or the length tables have changed since.
+        EkdError: the checkpoint is damaged, or length tables, teachers or units have changed since.
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
     tables = table_digests(data.file_path, data.sets)
+    sources = source_digests(upstream.settings)
     if RUN_STATE_KEY in states:
         progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
+        check_sources(progress.sources, sources)
         check_tables(progress.tables, tables, data.file_path, overridden)
         changed = progress.tables != tables or progress.batches != len(sampler)
         if changed or (SHAR_STREAMS in overridden and _other_streams(states, data.shar_streams)):
@@ -52,7 +54,7 @@ def resumed_progress(
         progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
         if states:
             logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
-    progress.tables, progress.batches = tables, len(sampler)
+    progress.tables, progress.sources, progress.batches = tables, sources, len(sampler)
     sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
     return progress
 
@@ -99,6 +101,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, states: Mapping, path: st
         problem = f"{path}: its optimizer state does not fit this run: {error}"
         raise CheckpointError(problem) from None
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.pop("initial_lr", None)  # a new schedule would keep it as its base rate
         group.update(settings)
 
 

@@ -36,6 +36,7 @@ from .config_diff import check_changes, check_config_file, config_differences, d
 from .settings import (
     ModelFile,
     RunnerFile,
+    check_activation_checkpointing,
     check_pruning_run,
     check_runner_config,
     load_model_config,
@@ -95,16 +96,22 @@ def check_settings(request: PretrainRequest, states: Mapping[str, Any]) -> None:
         )
         model = load_model_config(request.upstream_config or "pretrain/ekd/config_model.yaml")
         check_pruning_run(model, run)
+        check_activation_checkpointing(model, run.runner)
         check_sources(model, run)
 
 
 def check_sources(model: ModelFile, run: RunnerFile) -> None:
-    """Check that the teachers, the audio folder and the length tables of a new run exist.
+    """Check that the teachers, units, audio folder and length tables of a new run exist.
 
     The expert checks them again, after torch and s3prl are imported.
     """
     for name, teacher in model.teachers.items():
         check_source(teacher.model, f"teachers.{name}.model")
+    for unit_loss in model.unit_loss:
+        if not Path(unit_loss.file).is_file():
+            from ..essence.units import load_units
+
+            load_units(unit_loss.file)  # raises CheckpointError
     assert run.pretrain_expert is not None  # checked by RunnerFile
     data = run.pretrain_expert.datarc
     if not Path(data.libri_root).is_dir():

@@ -126,6 +126,8 @@ class RunSettings:
         check_range(self, 1, math.inf, "total_steps", "log_step", "save_step", "eval_step")
         check_range(self, 1, math.inf, "gradient_accumulate_steps", "max_keep", "max_nonfinite")
         check_range(self, 0, math.inf, "autosave_minutes")
+        if self.gradient_clipping <= 0:
+            raise ValueError(f"gradient_clipping must be above 0, got {self.gradient_clipping}")
         if self.n_epochs > 0:
             # s3prl would count steps by n_epochs but schedule the learning rate by total_steps
             raise ValueError(
@@ -223,7 +225,12 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
             data["loss"] = {"reduce": "batches", **data["loss"]}
         return from_plain_data(ModelFile, data, where)
     data = _without_groups(read_model_yaml(source), str(source), warn=True)
-    return from_plain_data(ModelFile, data, str(source))
+    settings = from_plain_data(ModelFile, data, str(source))
+    try:
+        settings.check_effects()
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return settings
 
 
 def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
@@ -244,6 +251,12 @@ def _without_groups(data: Any, where: str, warn: bool = False) -> Any:
     if warn:
         warn_renamed(where, "aggregation: groups", "aggregation: separate")
     return {**data, "aggregation": "separate"}
+
+
+def check_activation_checkpointing(model: ModelFile, run: RunSettings) -> None:
+    """Raise ConfigError if the student's forward has no activation checkpointing."""
+    if run.activation_checkpointing and model.student_backend == "s3prl":
+        raise ConfigError("runner.activation_checkpointing: true needs student_backend: ours")
 
 
 def check_pruning_run(model: ModelFile, run: RunnerFile) -> None:

@@ -15,7 +15,7 @@ from ..data.settings import DataSettings
 from ..distill.settings import RelationSettings
 from ..distill.student_settings import FileSettings
 from ..errors import SetupError
-from ..files.atomic import make_folder, write_text
+from ..files.atomic import file_sha256, make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import check_format_version
 from ..files.renamed_keys import MODEL, RUNNER, restore_keys
@@ -64,16 +64,16 @@ class SweepRun:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """:attr:`digest`, and that of ``aggregation: groups`` in version 0.1, if there is one.
-
-        Only a config with groups of layers for every teacher has the second one.
+        """:attr:`digest`, and those of earlier versions: with ``aggregation: groups``, if every
+        teacher has groups of layers, and without the contents of unit files.
         """
         settings = load_model_config(self.config)
         model = restore_keys(to_plain_data(settings), MODEL)
         model.pop("student_backend")  # both backends give equal results; not a key of 0.1
         _drop_new_defaults(model)
         if isinstance(settings.student, FileSettings):
-            model["student"]["sha256"] = _file_digest(settings.student.file)
+            file = settings.student.file
+            model["student"]["sha256"] = _file_digest(file, "student.file")
         models = [model]
         grouped = all(teacher.groups is not None for teacher in settings.teachers.values())
         if settings.aggregation == "separate" and grouped:
@@ -87,7 +87,11 @@ class SweepRun:
         data = runner["pretrain_expert"]["datarc"]
         if data["shar_streams"] == DataSettings.shar_streams:  # not a key of 0.1
             data.pop("shar_streams")
-        texts = (json.dumps([m, runner, self.seed], sort_keys=True, default=str) for m in models)
+        facts: list[list[Any]] = [[m, runner, self.seed] for m in models]
+        if settings.unit_loss:
+            units = [_file_digest(unit.file, "unit_loss") for unit in settings.unit_loss]
+            facts.insert(0, [*facts[0], units])
+        texts = (json.dumps(fact, sort_keys=True, default=str) for fact in facts)
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
     @property
@@ -153,12 +157,12 @@ def _run(run: SweepRun, processes: Jobs, environment: Mapping[str, str]) -> Swee
     return read_result(run)
 
 
-def _file_digest(path: str) -> str:
-    """SHA-256 of a file's contents. Raises SetupError."""
+def _file_digest(path: str, key: str) -> str:
+    """SHA-256 of a file's contents. Raises SetupError, with the config key that names it."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return file_sha256(path)
     except OSError as error:
-        raise SetupError(f"student.file: cannot read {path}: {error.strerror}") from None
+        raise SetupError(f"{key}: cannot read {path}: {error.strerror}") from None
 
 
 def _drop_new_defaults(model: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..data.distortion.convolutive import reverberate, simulate_impulse
-from ..data.distortion.pipeline import generator
+from ..data.sampling import generator
 from ..downstream.noise import mix
 
 _RT60 = (0.2, 0.8)  # seconds, ours: from a small furnished room to a lecture hall

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from .names import STORED
 FORMAT, VERSION = "s3prl_ekd.stored_states", 1
 LIST = "stored_states.txt"
 _LINE = re.compile(r"^([0-9a-f]{32}) ([0-9a-f]{8})$", re.MULTILINE)
-_MAX_LIST = 1 << 30  # bytes; 42 for each waveform
+_MAX_LIST = 1 << 30  # bytes; 43 for each waveform
 _FIELDS = ("layers", "width", "stride", "field")
 
 
@@ -81,7 +82,9 @@ def write_states(
     stored = to_storage_dtype(states.detach().cpu()).contiguous()
     _, crc = write_states_file(states_path(folder, key), stored, sync=True)
     with (folder / LIST).open("a") as file:
-        file.write(f"{key} {crc}\n")
+        file.write(f"\n{key} {crc}\n")  # a killed process may have left half a line
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class StoredStates(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from s3prl_ekd.data.audio import Recording, read_audio
 from s3prl_ekd.data.audio_files import find_audio
-from s3prl_ekd.data.distortion.pipeline import generator
+from s3prl_ekd.data.sampling import generator
 
 from .corpus import CorpusUtterance
 from .frames import HOP, sample_count

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import Dataset
 
 from s3prl_ekd.data.audio import Recording
-from s3prl_ekd.data.distortion.pipeline import generator
+from s3prl_ekd.data.sampling import generator
 
 from .corpus import CorpusUtterance
 from .criterion import StepLoss, spread

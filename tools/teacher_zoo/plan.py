@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from s3prl_ekd.data.audio_files import SAMPLE_RATE
-from s3prl_ekd.data.distortion.pipeline import generator
-from s3prl_ekd.data.sampling import bucket
+from s3prl_ekd.data.sampling import bucket, generator
 from s3prl_ekd.data.tables import Utterance as TableUtterance
 
 from .corpus import CorpusUtterance

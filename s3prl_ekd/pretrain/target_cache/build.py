@@ -22,12 +22,12 @@ from ...data.audio_files import is_hidden_or_system
 from ...data.bad_audio import BadUtterance
 from ...data.batches import DistillationDataset, ignore_stop_signals, unwrap_batch
 from ...data.loader import BatchLoader
-from ...data.sampling import FixedOrderSampler, filter_by_length, used
+from ...data.sampling import filter_by_length, used
 from ...data.settings import DataSettings
 from ...data.shar.shards import shar_shards
 from ...data.tables import Utterance, read_tables, sort_key
 from ...distill.aggregation import Aggregation
-from ...distill.conv_layers import ConvLayers
+from ...distill.conv_layers import ConvLayers, receptive_field, stride_of
 from ...distill.teachers import TeacherEnsemble
 from ...errors import DataError, SetupError
 from ...files.atomic import remove_leftovers
@@ -83,12 +83,8 @@ def estimate_bytes(
     rows: Sequence[Utterance], sequence_length: int, index: Index, conv: ConvLayers
 ) -> int:
     """Estimate the size of a cache of these utterances from the lengths in the tables."""
-    frames = 0
-    for row in rows:
-        length = used(row, sequence_length)
-        for _, kernel, stride in conv:
-            length = (length - kernel) // stride + 1
-        frames += length
+    field, stride = receptive_field(conv), stride_of(conv)
+    frames = sum((used(row, sequence_length) - field) // stride + 1 for row in rows)
     names = sum(len(row.name) + 4 for row in rows)  # in utterances.json
     return sum(index.file_bytes(len(rows), frames).values()) + names
 
@@ -290,18 +286,16 @@ def _compute_missing(
     device: str,
 ) -> None:
     """Compute and write the targets of the utterances that the cache lacks."""
-    index, order = writer.index, FixedOrderSampler(len(dataset))
-    order.rank = cached = len(writer.records)  # start at the first missing utterance
+    index, count, cached = writer.index, len(dataset), len(writer.records)
     loader = BatchLoader(
         dataset,
         timeout=data.loader_timeout,
         batch_size=1,
-        sampler=order,
+        sampler=range(cached, count),
         num_workers=data.num_workers,
         collate_fn=unwrap_batch,
         worker_init_fn=ignore_stop_signals,
     )
-    count = len(dataset)
     bar = tqdm(total=count, initial=cached, unit="utt", desc="targets", dynamic_ncols=True)
     with bar, contextlib.closing(loader):
         for batch in loader:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...distill.conv_extractor import ConvExtractor, Shared, supports_blocks
 from ...errors import TeacherError, first_line
+from ...system.precision import DTYPES
 from .layers import Converter, FastLayer, PositionalConv, RelativeBias, supports_layer
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _FAMILIES = {
     "s3prl.upstream.wavlm.expert": "wavlm",
     "s3prl.upstream.unispeech_sat.expert": "unispeech_sat",
 }
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, **DTYPES}
 
 
 def padded_frames(
