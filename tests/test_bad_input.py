@@ -189,7 +189,7 @@ def test_downstream_without_student_or_corpus(tmp_path):
     write_librispeech_names(tmp_path, "train-clean-100", "dev-clean")
     for options, pattern in (
         (("-k", "none.pt"), r"-k none\.pt"),
-        (("-k", "bad.pt"), r"downstream_expert\.datarc\.libri_root.*\./data/librispeech"),
+        (("-u", "fbank"), r"downstream_expert\.datarc\.libri_root.*\./data/librispeech"),
         (("-k", "bad.pt", "-o", corpus), r"\bbad\.pt\b"),
         (("-k", "bad.pt", "-c", "none.yaml"), r"\bnone\.yaml\b"),
         (("-u", "ekd_studen", "-o", corpus), r"\bekd_student\b"),

@@ -365,10 +365,6 @@ def test_a_config_survives_the_checkpoint():
         ("student", {"train_extractor": 0}, ".student.train_extractor 0"),
         ("student", {"train_extractor": False}, "student.train_extractor: false init.teacher"),
         ("student", {"feature_grad_mult": 0}, "student.feature_grad_mult: 0 init.teacher"),
-        ("init", {"layers": [0, 6]}, "init.layers init.teacher"),
-        ("heads", {"per_teacher": True}, "heads.per_teacher aggregation: separate"),
-        ("heads", {"residual_weight": 2.0}, "heads.residual_weight heads.residual: true"),
-        ("targets", {"weight_steps": 5}, "targets.weight_steps teachers.NAME.final_weight"),
         ("heads", {"kind": "layerwise"}, "heads.kind: layerwise layer 12 of one 0 to 2"),
         ("teachers.keys", {"model": "x"}, "teachers: 'keys'"),
         ("teachers.settings", {"model": "x"}, "teachers: 'settings'"),
@@ -448,13 +444,6 @@ UNITS = [{"file": "x"}]
         ),
         (
             {
-                "student": {"kind": "copy", "of": "one", "feature_grad_mult": 0},
-                "loss": {"feature_penalty": 1.0},
-            },
-            "loss.feature_penalty student.feature_grad_mult: 0",
-        ),
-        (
-            {
                 "student": {"encoder_layerdrop": 0.1},
                 "heads": {"kind": "layerwise"},
             },
@@ -496,6 +485,31 @@ def test_every_name_that_a_module_uses_is_reserved():
         for name in names:
             with pytest.raises(ValueError, match=f"'{name}' is a reserved name"):
                 DistillSettings({name: TeacherSettings("x")})
+
+
+@pytest.mark.parametrize(
+    "more, key",
+    [
+        ({"init": {"layers": [0, 6]}}, "init.layers"),
+        ({"heads": {"per_teacher": True}}, "heads.per_teacher"),
+        ({"heads": {"residual_weight": 2.0}}, "heads.residual_weight"),
+        ({"targets": {"weight_steps": 5}}, "targets.weight_steps"),
+        (
+            {
+                "student": {"kind": "copy", "of": "one", "feature_grad_mult": 0},
+                "loss": {"feature_penalty": 1.0},
+            },
+            "loss.feature_penalty",
+        ),
+        ({}, None),
+    ],
+)
+def test_settings_without_effect_are_named(tmp_path, caplog, more, key):
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump({**TWO, **more}))
+    load_model_config(file)
+    named = [line for line in caplog.messages if "without effect" in line]
+    assert [line.rpartition(" ")[2] for line in named] == ([key] if key else [])
 
 
 def test_a_checkpoint_may_have_settings_without_effect():

@@ -361,47 +361,35 @@ class DistillSettings:
         self._check_targets()
         self._check_backends()
 
-    def check_effects(self) -> None:
-        """Raise ValueError for a setting that others switch off, or a frozen random extractor.
-
-        Not part of the construction: checkpoints of earlier versions may have such settings.
-        """
-        student, init, heads = self.student, self.init, self.heads
-        if init.layers is not None and not init.sources:
-            raise ValueError("init.layers has no effect without init.teacher; set it, or remove it")
-        if (
-            heads.per_teacher
-            and self.aggregation == "separate"
-            and not self.targets.across_teachers
-        ):
-            raise ValueError(
-                "heads.per_teacher has no effect with aggregation: separate, which has heads for "
-                "each teacher already; remove it"
-            )
-        if heads.residual_weight != 1 and not heads.residual:
-            raise ValueError(
-                "heads.residual_weight has no effect without heads.residual: true; set it, or "
-                "remove the weight"
-            )
-        if self.targets.weight_steps and all(
-            teacher.final_weight is None for teacher in self.teachers.values()
-        ):
-            raise ValueError(
-                "targets.weight_steps has no effect without teachers.NAME.final_weight; set it for "
-                "a teacher, or remove weight_steps"
-            )
-        if getattr(student, "feature_grad_mult", None) == 0:
-            random = isinstance(student, StudentSettings) and not (init.sources and init.conv)
-            if random and student.train_extractor:
+    def check_new(self) -> None:
+        """Raise ValueError for what a new run must not have; earlier checkpoints may have it."""
+        student, init = self.student, self.init
+        if isinstance(student, StudentSettings):
+            fixed = student.train_extractor and student.feature_grad_mult == 0
+            if fixed and not (init.sources and init.conv):
                 raise ValueError(
                     "student.feature_grad_mult: 0 would keep a conv extractor of random weights; "
                     "set init.teacher and init.conv: true, or set it above 0"
                 )
-            if self.loss.feature_penalty:
-                raise ValueError(
-                    "loss.feature_penalty has no effect with student.feature_grad_mult: 0; set it "
-                    "to 0 or train the extractor"
-                )
+            if self.heads.kind == "layerwise":
+                for name, teacher in self.teachers.items():
+                    check_layerwise(f"of {name}", max(map(max, teacher.targets)), student)
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Keys that have no effect, since other settings switch them off."""
+        init, heads, targets = self.init, self.heads, self.targets
+        separate = self.aggregation == "separate" and not targets.across_teachers
+        scheduled = any(teacher.final_weight is not None for teacher in self.teachers.values())
+        frozen = getattr(self.student, "feature_grad_mult", None) == 0
+        off = {
+            "init.layers": init.layers is not None and not init.sources,
+            "heads.per_teacher": heads.per_teacher and separate,
+            "heads.residual_weight": heads.residual_weight != 1 and not heads.residual,
+            "targets.weight_steps": targets.weight_steps > 0 and not scheduled,
+            "loss.feature_penalty": self.loss.feature_penalty > 0 and frozen,
+        }
+        return [key for key, is_off in off.items() if is_off]
 
     def _check_backends(self) -> None:
         slow = self.teacher_backend == "s3prl" or self.teacher_dropout
@@ -472,7 +460,7 @@ class DistillSettings:
             )
 
     def _check_heads(self) -> None:
-        share, student = self.heads.share, self.student
+        share = self.heads.share
         shared = {layer for group in share or () for layer in group}
         for name, teacher in self.teachers.items():
             for target in teacher.targets:
@@ -481,9 +469,6 @@ class DistillSettings:
                         f"heads.share: no group has the layers {[*target]} of teachers.{name}; it "
                         f"has the layers {sorted(shared)}"
                     )
-        if self.heads.kind == "layerwise" and isinstance(student, StudentSettings):
-            for name, teacher in self.teachers.items():
-                check_layerwise(f"of {name}", max(map(max, teacher.targets)), student)
 
     def _check_weights(self) -> None:
         scheduled = [name for name, t in self.teachers.items() if t.final_weight is not None]

@@ -25,7 +25,6 @@ from ..files.atomic import make_folder
 from ..files.config import (
     apply_overrides,
     argument_overrides,
-    check_override_keys,
     override_value,
     read_yaml,
 )
@@ -44,6 +43,7 @@ from ..request import (
 from ..system.lock import LOCK_FILE
 from ..teachers.student_source import check_student, find_student, pin_student
 from .tasks import TASKS, task_of
+from .tasks.lookup import check_override_keys
 
 MODES = ("train", "evaluate", "inference")
 WITH_HEADS = "hidden_states_and_heads"

@@ -29,7 +29,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -289,7 +289,7 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
         ConfigError: a key or a value is not of this form.
     """
     data = copy.deepcopy(data)
-    for key, equals, text in _options(overrides):
+    for key, equals, text in split_overrides(overrides):
         form = "write config.KEY.KEY=VALUE, several joined by ,,"
         if not equals:
             raise ConfigError(f"-o {key!r}: {form}")
@@ -314,30 +314,7 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
     return data
 
 
-def check_override_keys(data: Mapping[str, Any], overrides: str | None, source: str) -> None:
-    """Check for misspelt keys: s3prl ignores keys that it does not know.
-
-    A key that ``data`` lacks may be right, so only one that is nearly a key of the same section is
-    an error.
-
-    Raises:
-        ConfigError: names the key of ``source`` that is probably meant.
-    """
-    for key, _, _ in _options(overrides):
-        section: Any = data
-        for name in key.split(".")[1:]:
-            if not key.startswith("config.") or not isinstance(section, Mapping):
-                break
-            if name not in section:
-                close = difflib.get_close_matches(name, map(str, section), n=1, cutoff=0.85)
-                if close:
-                    raise ConfigError(
-                        f"-o {key}: {source} has no {name} there; did you mean {close[0]}?"
-                    )
-            section = section.get(name)
-
-
-def _options(overrides: str | None) -> Iterator[tuple[str, str, str]]:
+def split_overrides(overrides: str | None) -> Iterator[tuple[str, str, str]]:
     """The key, the sign = and the text of the value of each override."""
     for option in (overrides or "").split(",,"):
         key, equals, text = option.partition("=")
@@ -354,13 +331,15 @@ def _value(text: str) -> Any:
 
 def argument_overrides(overrides: str | None) -> dict[str, Any]:
     """The ``args.NAME=VALUE`` overrides of ``-o``, as a dict without ``args.``."""
-    options = ((key, text) for key, _, text in _options(overrides) if key.startswith("args."))
+    options = (
+        (key, text) for key, _, text in split_overrides(overrides) if key.startswith("args.")
+    )
     return {key.removeprefix("args."): _value(text) for key, text in options}
 
 
 def overridden(overrides: str | None) -> frozenset[str]:
     """The config keys that ``-o`` sets, without ``config.``; see :func:`apply_overrides`."""
-    keys = (key for key, _, _ in _options(overrides))
+    keys = (key for key, _, _ in split_overrides(overrides))
     return frozenset(key.removeprefix("config.") for key in keys if key.startswith("config."))
 
 
@@ -379,7 +358,7 @@ def escape_equals(overrides: str) -> str:
     """
     apply_overrides({}, overrides)
     options = []
-    for key, _, text in _options(overrides):
+    for key, _, text in split_overrides(overrides):
         if "=" in text:
             text = repr(read_value(text)).replace("=", r"\x3d")
         options.append(f"{key}={text}")

@@ -112,7 +112,7 @@ def speaker_names(speakers: Iterable[str]) -> dict[str, str]:
 def write_librispeech(
     out: Path,
     utterances: Sequence[TranscribedUtterance],
-    write_more: WriteMore,
+    write_more: WriteMore | None = None,
     *,
     copy: bool = False,
     replace: bool = False,
@@ -156,7 +156,8 @@ def write_librispeech(
         for split, rows in tables.items():
             write_table(root / TABLES / f"{split}.csv", rows)
         write_lines(root / PREPARED, prepared)
-        write_more(root, utterances)
+        if write_more is not None:
+            write_more(root, utterances)
     return copied
 
 
@@ -181,7 +182,7 @@ def write_layout(
     manifest: Manifest,
     check_text: Callable[[str], str],
     invalid_lines: str,
-    write_more: WriteMore = lambda folder, utterances: None,
+    write_more: WriteMore | None = None,
 ) -> list[TranscribedUtterance]:
     """Write the manifest's utterances as a LibriSpeech layout at ``args.out``; print a summary.
 

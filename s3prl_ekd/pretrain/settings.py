@@ -227,9 +227,12 @@ def load_model_config(source: str | Path | dict) -> ModelFile:
     data = _without_groups(read_model_yaml(source), str(source), warn=True)
     settings = from_plain_data(ModelFile, data, str(source))
     try:
-        settings.check_effects()
+        settings.check_new()
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
+    if settings.without_effect:
+        keys = ", ".join(settings.without_effect)
+        logger.warning("%s: without effect, as other settings switch it off: %s", source, keys)
     return settings
 
 

@@ -19,12 +19,11 @@ from ..compat.no_eval import run_splits
 from ..compat.source import may_be_upstream
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
-from ..downstream.tasks.lookup import EXPERT, setting
+from ..downstream.tasks.lookup import EXPERT, check_override_keys, setting
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import (
     apply_overrides,
-    check_override_keys,
     from_plain_data,
     override_value,
     read_yaml,

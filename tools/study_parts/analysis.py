@@ -359,15 +359,16 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             ("hubert", "none"),
             difference(mean("hubert"), mean("none")),
         ),
-        *(
+        *(  # the other members: few dev speakers choose the best one
             Hypothesis(
-                f"H1, {name}",
-                f"heads for {set_name(EXPERTS)} - {name} alone",
-                (heads, name),
-                difference(mean(heads), mean(name)),
+                f"{set_name(teachers)}, {name}",
+                f"heads for {set_name(teachers)} - {name} alone",
+                (row(teachers, "separate"), name),
+                difference(mean(row(teachers, "separate")), mean(name)),
             )
-            for name in EXPERTS
-            if name != best[EXPERTS]
+            for teachers in SETS
+            for name in teachers
+            if name != best[teachers]
         ),
     ]
 

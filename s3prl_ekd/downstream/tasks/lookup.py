@@ -6,6 +6,7 @@ task yields a :class:`FileLookup` for each folder and list; :mod:`.corpus_check`
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from ...compat.no_eval import run_splits
 from ...data.manifest import MAX_LIST
 from ...errors import ConfigError
-from ...files.config import override_option
+from ...files.config import override_option, split_overrides
 from ...files.text import CONTROL, read_text
 
 EXPERT = "downstream_expert"
@@ -29,6 +30,29 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def check_override_keys(data: Mapping[str, Any], overrides: str | None, source: str) -> None:
+    """Check for misspelt keys: s3prl ignores keys that it does not know.
+
+    A key that ``data`` lacks may be right, so only one that is nearly a key of the same section is
+    an error.
+
+    Raises:
+        ConfigError: names the key of ``source`` that is probably meant.
+    """
+    for key, _, _ in split_overrides(overrides):
+        section: Any = data
+        for name in key.split(".")[1:]:
+            if not key.startswith("config.") or not isinstance(section, Mapping):
+                break
+            if name not in section:
+                close = difflib.get_close_matches(name, map(str, section), n=1, cutoff=0.85)
+                if close:
+                    raise ConfigError(
+                        f"-o {key}: {source} has no {name} there; did you mean {close[0]}?"
+                    )
+            section = section.get(name)
 
 
 @dataclass(frozen=True)
