@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     """Fit the units, write them and print a summary."""
     from ..pretrain.settings import load_model_config
 
-    for name, minimum in (("clusters", 2), ("utterances", 1), ("layer", 0), ("seed", 0)):
+    for name, minimum in (("clusters", 2), ("utterances", 1), ("layer", 0)):
         if getattr(args, name) < minimum:
             raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(args, name)}")
     check_output(args.output, args.force)

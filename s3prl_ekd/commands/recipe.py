@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         metavar="TASK",
         nargs="+",
-        help="any of pr sid er asr, or all four (all, the default)",
+        help="any of pr sid er asr, or all (the default)",
     )
     add("--gpus", type=int, default=1, help="GPUs of one training, through torchrun (default: 1)")
     add("--jobs", type=int, default=1, help="students at a time, a GPU each (default: 1)")

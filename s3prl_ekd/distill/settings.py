@@ -461,10 +461,12 @@ class DistillSettings:
 
     def _check_heads(self) -> None:
         share = self.heads.share
-        shared = {layer for group in share or () for layer in group}
+        if share is None:
+            return
+        shared = {layer for group in share for layer in group}
         for name, teacher in self.teachers.items():
             for target in teacher.targets:
-                if share is not None and not any(set(target) <= set(group) for group in share):
+                if not any(set(target) <= set(group) for group in share):
                     raise ValueError(
                         f"heads.share: no group has the layers {[*target]} of teachers.{name}; it "
                         f"has the layers {sorted(shared)}"

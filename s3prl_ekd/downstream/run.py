@@ -22,12 +22,7 @@ from ..compat.source import may_be_upstream, own_upstream_names, upstream_names
 from ..errors import CheckpointError, ConfigError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import (
-    apply_overrides,
-    argument_overrides,
-    override_value,
-    read_yaml,
-)
+from ..files.config import apply_overrides, argument_overrides, override_value, read_yaml
 from ..files.formats import check_part_versions
 from ..request import (
     CACHE,

@@ -365,13 +365,13 @@ def _scan_legacy(file: io.BufferedReader, size: int, allow: Sequence[type] | Non
     storages), followed by the storages.
     """
     file.seek(0)
-    if _is_tar(file.read(tarfile.BLOCKSIZE)):
+    block = file.read(tarfile.BLOCKSIZE)
+    if _is_tar(block):
         raise TorchFileError(
             "is a tar archive of torch before 0.1.10, and reading one can run code; if you trust "
             "it, load it with an old torch and save it again with torch.save"
         )
-    file.seek(0)
-    if file.read(1) != pickle.PROTO:  # such as a text file, whose letters are opcodes of protocol 0
+    if block[:1] != pickle.PROTO:  # such as a text file, whose letters are opcodes of protocol 0
         raise TorchFileError("is not a torch file")
     file.seek(0)
     total = 0

@@ -217,8 +217,9 @@ def write_layout(
     for entry, (speaker, text), audio in zip(valid, texts, parts, strict=True):
         utterances.append(TranscribedUtterance(audio, entry.name, speaker, text, entry.split))
         lengths.setdefault(f"{entry.split}-clean", []).append(audio.samples)
-    options = {"copy": args.copy, "replace": args.replace}
-    copied = write_librispeech(args.out, utterances, write_more, **options)
+    copied = write_librispeech(
+        args.out, utterances, write_more, copy=args.copy, replace=args.replace
+    )
     print_splits(lengths)
     for split in SPLITS:
         if f"{split}-clean" not in lengths:
