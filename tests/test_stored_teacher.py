@@ -1,5 +1,6 @@
 """Teachers whose hidden states another program stored in a folder."""
 
+import csv
 import json
 import os
 import shutil
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from s3prl_ekd import cli
+from s3prl_ekd.analysis.sample import read_excerpt
 from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.errors import CheckpointError, DataError, EkdError, TeacherError
+from s3prl_ekd.essence.units import load_units
 from s3prl_ekd.pretrain.target_cache.build import CachedWaves
 from s3prl_ekd.teachers import load_upstream
 from s3prl_ekd.teachers.stored import StoredStates, write_states
@@ -142,6 +145,47 @@ def test_depth_width_and_frames_are_known_without_running_it(tmp_path):
     assert teacher.frames(16000) == 98 and teacher.frames(480) == 1  # (16000 - 480) / 160 + 1
     with pytest.raises(TeacherError, match="no layer 5"):
         Teacher(StoredStates(tmp_path), [5], "x")
+
+
+@pytest.fixture
+def whole_files(tmp_path, monkeypatch, corpus):
+    """Files, a config of tiny_hubert, and one of its stored states of these files."""
+    monkeypatch.chdir(tmp_path)
+    paths = sorted(corpus.rglob("*.flac"))[:4]
+    upstream = load_upstream("tiny_hubert", "here").eval()
+    for path in paths:
+        shutil.copy(path, tmp_path)
+        wave = read_excerpt(path)
+        with torch.no_grad():
+            write_states("stored", wave, torch.cat(upstream([wave])["hidden_states"]))
+    for name in ("tiny_hubert", "stored"):
+        text = f"teachers: {{tiny: {{model: {name}, layers: [2]}}}}\ninit: {{teacher: null}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+
+@pytest.mark.usefixtures("whole_files")
+def test_units_of_stored_states_are_those_of_the_model():
+    for name in ("tiny_hubert", "stored"):
+        options = ["--teacher", "tiny", "--layer", "2", "--clusters", "3", "--data", "."]
+        assert cli.main(["fit-units", f"{name}.yaml", *options, "-o", f"{name}.units"]) == 0
+    model, stored = (load_units(f"{name}.units") for name in ("tiny_hubert", "stored"))
+    assert model.frames == stored.frames > 100
+    torch.testing.assert_close(stored.centroids, model.centroids, rtol=1e-2, atol=1e-2)  # float16
+
+
+@pytest.mark.usefixtures("whole_files")
+def test_teachers_inspect_has_the_layers_of_stored_states():
+    for name in ("tiny_hubert", "stored"):
+        options = ["--data", ".", "-o", f"{name}.inspected"]
+        assert cli.main(["teachers", "inspect", f"{name}.yaml", *options]) == 0
+    model, stored = (
+        list(csv.DictReader(open(f"{name}.inspected/layers.csv")))
+        for name in ("tiny_hubert", "stored")
+    )
+    assert len(model) == len(stored) == 7
+    for row, other in zip(model, stored, strict=True):
+        for key in row.keys() - {"teacher", "layer"}:
+            assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-3, abs=1e-3), key
 
 
 def test_a_waveform_is_in_the_folder_if_its_samples_are(folder):

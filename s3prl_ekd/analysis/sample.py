@@ -16,7 +16,7 @@ from ..distill.aggregation import crop_frames
 from ..distill.moments import usable_frames
 from ..distill.settings import TeacherSettings
 from ..errors import DataError
-from ..system.devices import choose_device
+from ..system.devices import choose_device, module_device
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def sample_layers(
             continue
         hidden = {}
         for name, upstream in upstreams.items():
-            device = next(upstream.parameters()).device
-            states = upstream([wave.to(device)])["hidden_states"]
+            states = upstream([wave.to(module_device(upstream))])["hidden_states"]
             hidden[name] = torch.stack(list(states), dim=1)  # [1, layer, frame, dim]
         for name, states in crop_frames(hidden).items():
             count = states.shape[2]

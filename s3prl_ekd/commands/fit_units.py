@@ -77,8 +77,9 @@ def _hidden_states(upstream: nn.Module, name: str, layer: int, paths: list[Audio
     from tqdm import tqdm
 
     from ..analysis.sample import read_excerpt
+    from ..system.devices import module_device
 
-    device = next(upstream.parameters()).device
+    device = module_device(upstream)
     for path in tqdm(paths, desc=name, unit=" files", dynamic_ncols=True):
         wave = read_excerpt(path)
         if wave is None:

@@ -36,6 +36,7 @@ from ..files.states_file import to_storage_dtype, wave_key
 from ..files.weights_digest import weights_digest
 from ..hidden_states.feature_store import FeatureStore
 from ..request import CACHE, CacheOptions
+from ..system.devices import module_device
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def folder_name(args: Namespace, upstream: nn.Module, selection: str) -> str:
     """
     cls = type(upstream)
     config = args.upstream_model_config
-    device = next((p.device.type for p in upstream.parameters()), "cpu")
+    device = module_device(upstream).type
     facts = {
         "format": 2,  # of the store's files; a new format gets a new folder
         "hub": args.upstream,

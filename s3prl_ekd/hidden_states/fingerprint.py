@@ -22,6 +22,7 @@ from ..distill.settings import DistillSettings
 from ..distill.teachers import PROBE_SAMPLES, Teacher, TeacherEnsemble
 from ..errors import ConfigError, DataError
 from ..files.weights_digest import weights_digest
+from ..system.devices import module_device
 from .store import PER_TEACHER, Index, TargetBlock, TargetLayout, TargetSubset, select_targets
 
 # Field of a key -> the setting that it stores. The fields have names of version 0.1.
@@ -93,8 +94,7 @@ def _probe_output(teacher: Teacher) -> list[float]:
     if hasattr(teacher.upstream, "stated"):
         return [0.0] * len(teacher.targets)
     noise = 0.1 * torch.randn(PROBE_SAMPLES, generator=torch.Generator().manual_seed(0))
-    device = next((p.device for p in teacher.parameters()), "cpu")
-    means = teacher([noise.to(device)])[0].abs().mean((1, 2))  # [target]
+    means = teacher([noise.to(module_device(teacher))])[0].abs().mean((1, 2))  # [target]
     return [float(f"{mean:.6g}") for mean in means.tolist()]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import DataError, EkdError, SetupError, first_line
+from ..system.devices import module_device
 from .macs import count_macs
 
 States = Sequence[Tensor]  # hidden states, [batch, frame, dim] each
@@ -48,7 +49,7 @@ def unused_parameters(module: nn.Module, states_of: Callable[[list[Tensor]], Sta
     """
     parameters = dict(module.named_parameters())
     generator = torch.Generator().manual_seed(0)
-    waves = [wave.to(_device(module)) for wave in _noise_waves(generator, 8000, 6400)]
+    waves = [wave.to(module_device(module)) for wave in _noise_waves(generator, 8000, 6400)]
     training = module.training
     module.eval()
     try:
@@ -191,10 +192,6 @@ def _noise_waves(generator: torch.Generator, *lengths: int) -> list[Tensor]:
     return [0.1 * torch.randn(samples, generator=generator) for samples in lengths]
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
 def measure_cost(
     module: nn.Module,
     lengths: Mapping[str, Sequence[int]] = LENGTHS,
@@ -217,7 +214,7 @@ def measure_cost(
     keys = [selection] if isinstance(selection, str) else selection
     parameters = dict(module.named_parameters())
     unused = unused_parameters(module, lambda waves: hidden_states(module(waves), keys))
-    device = _device(module)
+    device = module_device(module)
     buckets, products = dict.fromkeys(lengths, 0.0), 0
     utterances = [(bucket, samples) for bucket, group in lengths.items() for samples in group]
     for bucket, samples in tqdm(utterances, "MACs", leave=False, disable=None, unit=" utterances"):

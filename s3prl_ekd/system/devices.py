@@ -1,10 +1,15 @@
-"""The device of ``--device``."""
+"""The device of ``--device``, and that of a module."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def choose_device(name: str | None) -> str:
@@ -24,3 +29,10 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"cannot use --device {name}: {first_line(error)}") from None
     return name
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """The device of a module's parameters; the CPU if it has none, as stored hidden states."""
+    import torch
+
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
