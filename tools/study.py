@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from study_parts.results import read_results
     from study_parts.run import check_results, run_missing, student_path
 
-    names = {row.name: row for row in rows.rows() if set(row.teachers) <= set(args.teachers)}
+    names = {row.name: row for row in rows.rows() if set(row.needed) <= set(args.teachers)}
     for name in args.rows:
         if name not in names:
             raise ConfigError(f"--rows: no row {name!r}; use some of: {'; '.join(names)}")
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         with FolderLock(args.out):
             folder.prepare()
             digests = folder.teacher_digests(folder.teachers)
-            check_results(args.results, args.steps, digests)
+            check_results(args.results, args.steps, digests, args.seeds)
             left, failed = run_missing(
                 folder,
                 chosen,

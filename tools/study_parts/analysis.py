@@ -29,6 +29,9 @@ from .rows import (
     PLAIN,
     SCALE,
     SETS,
+    START,
+    STARTED,
+    TERMS,
     Row,
     set_name,
 )
@@ -347,11 +350,14 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             )
             for teachers in (PLAIN, MIXED)
         ),
-        Hypothesis(
-            "relation",
-            "heads and the relation loss - heads",
-            (row(EXPERTS, "separate, relation"), heads),
-            difference(mean(row(EXPERTS, "separate, relation")), mean(heads)),
+        *(
+            Hypothesis(
+                term,
+                f"heads and the {term} loss - heads",
+                (row(EXPERTS, f"separate, {term}"), heads),
+                difference(mean(row(EXPERTS, f"separate, {term}")), mean(heads)),
+            )
+            for term in TERMS
         ),
         Hypothesis(
             "distillation",
@@ -369,6 +375,16 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
             for teachers in SETS
             for name in teachers
             if name != best[teachers]
+        ),
+        *(
+            Hypothesis(
+                other,
+                f"heads for {set_name(PLAIN)} - {other}",
+                (started, other),
+                difference(mean(started), mean(other)),
+            )
+            for *others, started in [[Row(teachers, start=START).name for teachers in STARTED]]
+            for other in others
         ),
     ]
 

@@ -8,6 +8,8 @@ OUT/noise, test_noise      recordings of ESC-10: folds 1 and 2, fold 3
 OUT/audio/*.tsv            manifests of the probes
 OUT/phone_labels           alignments of other utterances, for the training of ``phones``
 OUT/tables, targets        training utterances; their targets of all teachers
+OUT/units_NAME.safetensors k-means of a teacher's middle target layer
+OUT/start.pt, none_SEED.pt students before training
 OUT/result/pretrain/RUN    one student
 """
 
@@ -21,7 +23,20 @@ from typing import Any
 
 from s3prl_ekd.errors import SetupError
 
-from .rows import SINGLES, STUDENT, THIRD, Row, model_config, teacher_config
+from .rows import (
+    EXPERTS,
+    LAYERS,
+    RESEMBLYZER_LAYERS,
+    SINGLES,
+    START,
+    START_FILE,
+    STUDENT,
+    THIRD,
+    Row,
+    model_config,
+    teacher_config,
+    units_file,
+)
 from .training import TrainingFolder, runner_config
 
 MANIFESTS = ("unlabeled", "pr", "sid", "er")
@@ -30,6 +45,16 @@ MORE_VOICES = {"voices": "200", "utterances": "2400", "seed": "9"}  # of ``huber
 SIBLING_SEED = 2  # of the training of ``sibling``
 EXCERPT = 64_000  # samples of an utterance in training, 4 s
 BATCH, BATCH_SECONDS = 8, 8  # utterances and seconds of a batch, at most
+UNIT_OPTIONS = ("--clusters", "100", "--utterances", "300")
+# 1.4 M parameters; the shapes of the tiny teachers
+START_STUDENT = {
+    "extractor_conv_feature_layers": "[(128,10,5)] + [(128,3,2)] * 4 + [(128,2,2)] * 2",
+    "feature_grad_mult": 1.0,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 192,
+    "encoder_ffn_embed_dim": 768,
+    "encoder_attention_heads": 4,
+}
 TOOLS = Path(__file__).parent.parent
 
 
@@ -90,6 +115,43 @@ class StudyFolder(TrainingFolder):
                 "student": STUDENT,
             }
             self.set_up(everything)
+        if set(EXPERTS) <= set(self.teachers):
+            self.fit_units()
+        if START in self.teachers:
+            self.write_start()
+
+    def fit_units(self) -> None:
+        """Fit the units of the experts, each on the middle one of its target layers."""
+        data = ["--data", "tables/train.csv", "--audio-root", str(self.audio)]
+        for name in EXPERTS:
+            layers = RESEMBLYZER_LAYERS if name == "resemblyzer" else LAYERS
+            file = self.folder / units_file(name)
+            if not file.exists():
+                options = ["--teacher", name, "--layer", str(layers[1]), *UNIT_OPTIONS]
+                self.command("fit-units", "cache.yaml", *options, *data, "-o", file.name)
+
+    def write_start(self) -> None:
+        """Write the first weights of the students that begin as the first layers of a teacher."""
+        path = self.folder / START_FILE
+        if path.exists():
+            return
+        from s3prl_ekd import compat
+        from s3prl_ekd.distill.initialisation import initialise
+        from s3prl_ekd.distill.student import Student
+        from s3prl_ekd.distill.student_settings import StudentSettings
+        from s3prl_ekd.student_file import LoadedStudent, write_student
+        from s3prl_ekd.teachers import load_upstream
+
+        compat.apply()
+        student = Student(StudentSettings(**START_STUDENT))
+        initialise(
+            student, [load_upstream(self.files[START], START).model], conv=True, encoder=True
+        )
+        write_student(LoadedStudent(student, None, {}, {}), path, keep_heads=False)
+
+    def first_weights(self, row: Row, seed: int) -> Path:
+        """File of the student of a row and seed before training."""
+        return self.folder / START_FILE if row.start else self.untrained(STUDENT, seed)
 
     def prepare_inputs(self) -> None:
         """Synthesise the voices, link the audio, and write noises and manifests."""
@@ -236,7 +298,7 @@ class StudyFolder(TrainingFolder):
 
     def model(self, row: Row) -> dict[str, Any]:
         """The model config of a row."""
-        return model_config(row, self.files, str(self.noise))
+        return model_config(row, self.files, str(self.noise), str(self.folder))
 
     def teacher_digests(self, names: tuple[str, ...]) -> dict[str, str]:
         """The start of the SHA-256 of each teacher's file."""

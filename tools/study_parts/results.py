@@ -32,7 +32,7 @@ class StudyResult:
     Attributes:
         row: name of the row, teacher or set.
         scores: (score, condition) -> counts of each test speaker.
-        teachers: name -> digest of its file; those of one seed's students must be equal.
+        teachers: name -> digest of its file, equal for all rows of a seed.
     """
 
     row: str

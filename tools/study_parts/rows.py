@@ -1,6 +1,7 @@
 """Teachers, sets of teachers, and rows of the study.
 
-A row is a student by what it learned from; ``none`` is the student before training. Teachers have
+A row is a student by what it learned from; ``none`` is the student before training. Some students
+begin as the first layers of ``hubert``. Teachers have
 six layers of width 192, of which three are the targets. What they know differs more or less:
 ``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained on the
 same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels. Two were
@@ -38,6 +39,7 @@ LABELLED = ("phones", "resemblyzer")  # trained with labels
 # without THIRD, which came later.
 SCALE = ("hubert", "wavlm", "robust", "sibling", "speaker", "prosody")
 AVERAGE_HEADS = "average+heads"
+START_FILE = "start.pt"
 
 # 0.37 M parameters, trained from random weights
 STUDENT: dict[str, Any] = {
@@ -52,23 +54,32 @@ STUDENT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a student learned from: teachers and how their targets were combined."""
+    """What a student learned from: teachers and how their targets were combined.
+
+    Attributes:
+        start: the teacher whose first layers the student begins as; "": random weights.
+    """
 
     teachers: tuple[str, ...]
     combination: str = "separate"
+    start: str = ""
 
     @property
     def name(self) -> str:
-        if not self.teachers:
-            return "none"
-        if len(self.teachers) == 1:
-            return self.teachers[0]
-        return f"{'+'.join(self.teachers)}, {self.combination}"
+        name = set_name(self.teachers) or "none"
+        if len(self.teachers) > 1:
+            name += f", {self.combination}"
+        return f"{name}, from {self.start}" if self.start else name
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Teachers without which the student cannot be made."""
+        return tuple(dict.fromkeys((*self.teachers, *([self.start] if self.start else []))))
 
     @property
     def file_name(self) -> str:
         """The name in names of files."""
-        return self.name.replace(", ", "-").replace("+", "-")
+        return self.name.replace(", ", "-").replace("+", "-").replace(" ", "-")
 
 
 NONE = Row(())
@@ -87,24 +98,30 @@ def rows() -> list[Row]:
     result += [Row(EXPERTS, c) for c in (AVERAGE_HEADS, "concat")]
     result += [Row(PLAIN, c) for c in ("average", "concat")]
     result += [Row(EXPERTS, f"average, {c}") for c in BASES]
-    return result + [Row(EXPERTS, "separate, relation")]
+    result += [Row(EXPERTS, f"separate, {c}") for c in TERMS]
+    return result + [Row(teachers, start=START) for teachers in STARTED]
 
 
 BASES = ("phi_s", "procrustes")  # a common basis before averaging
+TERMS = ("relation", "units")  # terms of the loss beside that of the heads
+START = "hubert"  # of the students that do not start from random weights
+STARTED = ((), ("hubert",), ("robust",), PLAIN)  # what they learn from
 
 
-def model_config(row: Row, files: dict[str, str], noise: str) -> dict[str, Any]:
+def model_config(row: Row, files: dict[str, str], noise: str, folder: str = "") -> dict[str, Any]:
     """The model config of a row.
 
     Args:
         files: ``teachers.NAME.model`` of each teacher.
         noise: folder of noises in the student's input.
+        folder: where the units and the first weights of students with a ``start`` are.
     """
     combination, _, added = row.combination.partition(", ")
+    started = {"kind": "file", "file": f"{folder}/{START_FILE}", "keep_heads": False}
     config: dict[str, Any] = {
         "teachers": {name: teacher_config(name, files) for name in row.teachers},
         "aggregation": "average" if combination == AVERAGE_HEADS else combination,
-        "student": STUDENT,
+        "student": started if row.start else STUDENT,
         # The student hears noise, babble and rooms; the teachers hear clean speech
         "distortion": {
             "setup": "setup1",
@@ -120,9 +137,18 @@ def model_config(row: Row, files: dict[str, str], noise: str) -> dict[str, Any]:
         config["heads"] = {"per_teacher": True}
     if added == "relation":
         config["relation"] = {"weight": 1.0}
+    elif added == "units":
+        weight = 1 / len(row.teachers)
+        config["unit_loss"] = [
+            {"file": f"{folder}/{units_file(name)}", "weight": weight} for name in row.teachers
+        ]
     elif added:
         config |= {"target_norm": added, "target_norm_steps": 100}
     return config
+
+
+def units_file(teacher: str) -> str:
+    return f"units_{teacher}.safetensors"
 
 
 def teacher_config(name: str, files: dict[str, str]) -> dict[str, Any]:

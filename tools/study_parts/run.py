@@ -16,7 +16,7 @@ from s3prl_ekd.errors import SetupError
 
 from .folder import StudyFolder
 from .results import StudyResult, machine, probe_states, read_result, write_result
-from .rows import NONE, PROBED_SETS, STUDENT, Row, set_name, teacher_config
+from .rows import PROBED_SETS, Row, set_name, teacher_config
 
 RATE, WARMUP = 4e-3, 0.1  # learning rate, and share of the steps of its warm-up
 WIDTH = 576  # dimensions of a teacher's three target layers
@@ -128,7 +128,7 @@ def measure_student(
 ) -> StudyResult:
     """Train the student of a row and seed, unless it is there, and probe its hidden states.
 
-    Row ``none`` has the first weights of all rows of its seed.
+    A row without teachers has the first weights of its seed.
     """
     import torch
     from s3prl_ekd.upstream.expert import UpstreamExpert
@@ -136,8 +136,8 @@ def measure_student(
     torch.set_num_threads(1)
     start, loss = time.monotonic(), None
     name = f"{row.file_name}_{seed}_{steps}"
-    if row == NONE:
-        upstream = UpstreamExpert(folder.untrained(STUDENT, seed)).eval()
+    if not row.teachers:
+        upstream = UpstreamExpert(folder.first_weights(row, seed)).eval()
     else:
         model = folder.model(row)
         last = folder.train(name, model, steps, RATE, WARMUP, seed, log=f"log_{name}")
@@ -148,8 +148,8 @@ def measure_student(
         return [state[0] for state in upstream([wave])["hidden_states"]]
 
     scores = probe_states(folder, states_of)
-    digests = folder.teacher_digests(row.teachers)
-    trained = 0 if row == NONE else steps
+    digests = folder.teacher_digests(row.needed)
+    trained = steps if row.teachers else 0
     seconds = round(time.monotonic() - start, 1)
     result = StudyResult(row.name, seed, scores, digests, trained, seconds, loss, machine())
     write_result(result, student_path(results, row, seed))
@@ -213,19 +213,30 @@ def run_missing(
     return len(todo) - done, failed
 
 
-def check_results(results: Path, steps: int, digests: dict[str, str] | None = None) -> None:
-    """Check that results belong together: equal updates, and teachers of one training.
+def check_results(
+    results: Path,
+    steps: int,
+    digests: dict[str, str] | None = None,
+    seeds: Sequence[int] = (),
+) -> None:
+    """Check that results belong together: equal updates, and for each seed the same teachers.
+
+    A training on another kind of processor ends with other weights, so other seeds may be of other
+    trainings of a teacher: contrasts are within a seed.
 
     Args:
         results: folder of the result files.
         steps: updates of the students.
-        digests: of the teachers' files now, by name; None: only compare the results.
+        digests: of the teachers' files now, by name.
+        seeds: those that are to be run with these files.
 
     Raises:
         SetupError: they do not.
     """
-    seen: dict[str, tuple[str, str]] = {
-        name: (digest, "the folder OUT") for name, digest in (digests or {}).items()
+    seen: dict[tuple[int, str], tuple[str, str]] = {
+        (seed, name): (digest, "the folder OUT")
+        for seed in seeds
+        for name, digest in (digests or {}).items()
     }
     for path in sorted(results.glob("*.json")):
         result = read_result(path)
@@ -235,9 +246,9 @@ def check_results(results: Path, steps: int, digests: dict[str, str] | None = No
                 "folder with --results"
             )
         for name, digest in result.teachers.items():
-            other = seen.setdefault(name, (digest, str(path)))
+            other = seen.setdefault((result.seed, name), (digest, str(path)))
             if other[0] != digest:
                 raise SetupError(
                     f"{path} and {other[1]} are of different trainings of the teacher {name}; use "
-                    "the teachers' files of the results, or another folder with --results"
+                    "--seeds that have no results yet, or another folder with --results"
                 )
