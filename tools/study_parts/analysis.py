@@ -275,7 +275,7 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
 
     clean = [(score, CLEAN) for score, _ in PRIMARY]
     noisy = [(score, NOISY) for score, _ in PRIMARY]
-    robust = row(PLAIN, "separate")
+    plain = row(PLAIN, "separate")
     common = [row(EXPERTS, f"average, {basis}") for basis in BASES]
     return [
         Hypothesis(
@@ -317,10 +317,10 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         Hypothesis(
             "H4",
             f"{set_name(PLAIN)} - hubert: under noise less clean",
-            (robust, "hubert"),
+            (plain, "hubert"),
             difference(
-                difference(mean(robust, only=noisy), mean("hubert", only=noisy)),
-                difference(mean(robust, only=clean), mean("hubert", only=clean)),
+                difference(mean(plain, only=noisy), mean("hubert", only=noisy)),
+                difference(mean(plain, only=clean), mean("hubert", only=clean)),
             ),
         ),
         Hypothesis(
@@ -353,9 +353,9 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         *(
             Hypothesis(
                 term,
-                f"heads and the {term} loss - heads",
-                (row(EXPERTS, f"separate, {term}"), heads),
-                difference(mean(row(EXPERTS, f"separate, {term}")), mean(heads)),
+                f"heads for {set_name(PLAIN)} and the {term} loss - heads",
+                (row(PLAIN, f"separate, {term}"), plain),
+                difference(mean(row(PLAIN, f"separate, {term}")), mean(plain)),
             )
             for term in TERMS
         ),

@@ -24,9 +24,8 @@ from typing import Any
 from s3prl_ekd.errors import SetupError
 
 from .rows import (
-    EXPERTS,
     LAYERS,
-    RESEMBLYZER_LAYERS,
+    PLAIN,
     SINGLES,
     START,
     START_FILE,
@@ -115,19 +114,18 @@ class StudyFolder(TrainingFolder):
                 "student": STUDENT,
             }
             self.set_up(everything)
-        if set(EXPERTS) <= set(self.teachers):
+        if set(PLAIN) <= set(self.teachers):
             self.fit_units()
         if START in self.teachers:
             self.write_start()
 
     def fit_units(self) -> None:
-        """Fit the units of the experts, each on the middle one of its target layers."""
+        """Fit the units of the plain teachers, each on the middle one of its target layers."""
         data = ["--data", "tables/train.csv", "--audio-root", str(self.audio)]
-        for name in EXPERTS:
-            layers = RESEMBLYZER_LAYERS if name == "resemblyzer" else LAYERS
+        for name in PLAIN:
             file = self.folder / units_file(name)
             if not file.exists():
-                options = ["--teacher", name, "--layer", str(layers[1]), *UNIT_OPTIONS]
+                options = ["--teacher", name, "--layer", str(LAYERS[1]), *UNIT_OPTIONS]
                 self.command("fit-units", "cache.yaml", *options, *data, "-o", file.name)
 
     def write_start(self) -> None:

@@ -98,7 +98,7 @@ def rows() -> list[Row]:
     result += [Row(EXPERTS, c) for c in (AVERAGE_HEADS, "concat")]
     result += [Row(PLAIN, c) for c in ("average", "concat")]
     result += [Row(EXPERTS, f"average, {c}") for c in BASES]
-    result += [Row(EXPERTS, f"separate, {c}") for c in TERMS]
+    result += [Row(PLAIN, f"separate, {c}") for c in TERMS]
     return result + [Row(teachers, start=START) for teachers in STARTED]
 
 
