@@ -144,10 +144,11 @@ class StoredStates(nn.Module):
         if key not in self._crcs:
             raise TeacherError(
                 f"{self.location}: {self.folder} has no hidden states of this waveform of "
-                f"{len(wave)} samples; store the states of every waveform of "
+                f"{len(wave)} samples; for training, store the states of every waveform of "
                 "s3prl_ekd.pretrain.target_cache.build.CachedWaves with this runner config and "
                 "seed, and train from the cache of `s3prl-ekd cache -o CACHE`: without a cache, "
-                "excerpts and distortions change with each epoch"
+                "excerpts and distortions change with each epoch; for other commands, store "
+                "those of the first 250,000 samples of each file"
             )
         path = states_path(self.folder, key)
         advice = "remove the file, and store the states of its waveform again"
