@@ -42,19 +42,21 @@ def report(results: Sequence[StudyResult]) -> tuple[str, dict[str, bytes]]:
     """The report as Markdown, and its pictures by file name."""
     scores = Scores(results)
     tested = estimate_hypotheses(scores)
-    parts = [_facts(results), "### Teachers", _teacher_table(scores)]
-    if scores.students:
-        parts += ["### Students", _student_table(scores)]
-    if tested:
-        parts += ["### Hypotheses", _hypothesis_table(tested), _power(tested)]
-    pictures = {}
+    parts, pictures = [_facts(results)], {}
     if tested:
         pictures["study.headroom.png"] = _draw_headroom(scores)
         pictures["study.png"] = _draw_rows(scores)
         parts += [
+            "### Contrasts",
+            _hypothesis_table(tested),
             "![gain over the best single teacher against headroom](study.headroom.png)",
             "![accuracy by row, with 95 % intervals of the difference to none](study.png)",
         ]
+    if scores.students:
+        parts += ["### Students", _student_table(scores)]
+    parts += ["### Teachers", _teacher_table(scores)]
+    if tested:
+        parts += ["### Power", _power(tested)]
     return "\n\n".join(parts), pictures
 
 
