@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from s3prl_ekd.errors import DataError
+from s3prl_ekd.errors import DataError, SetupError
 from s3prl_ekd.files import atomic
 from s3prl_ekd.files.atomic import patch_torch_save
 
@@ -141,6 +141,15 @@ def test_a_folder_is_in_place_before_the_previous_one_is_removed(tmp_path, monke
     with atomic.atomic_folder(tmp_path / "x") as folder:
         (folder / "b").touch()
     assert removed == [True] and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_renamed_keeps_the_previous_one(tmp_path):
+    with atomic.atomic_folder(tmp_path / "x") as folder:
+        (folder / "a").touch()
+    with pytest.raises(SetupError, match="cannot write"):
+        with atomic.atomic_folder(tmp_path / "x") as folder:
+            folder.rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x/a").exists()
 
 
 def test_write_error_has_the_filename(tmp_path):

@@ -187,7 +187,12 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
             yield partial
             if target.exists():
                 target.rename(old)  # removed last, since this takes long: a kill must not lose both
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
             _sync_folder(target.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
