@@ -310,7 +310,7 @@ def test_bfloat16_runs_and_is_close(family):
     waves = 0.1 * torch.randn(2, sample_count(30))
     labels = torch.randint(8, (2, 30))
     losses = []
-    # Without oneDNN: some virtual CPUs report bfloat16 instructions that they lack.
+    # Without oneDNN, which is wrong here on CPUs with AMX: see distill/positions.py.
     with torch.backends.mkldnn.flags(enabled=False):
         for enabled in (False, True):
             np.random.seed(7)

@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# On CPUs with AMX, oneDNN (3.12, in torch 2.13) returns wrong values, with errors as large as the
+# values, for some bfloat16 convolutions whose groups have fewer channels. Base models have 48.
+FEWEST_CHANNELS = 16
+
 
 class StudentOutput(NamedTuple):
     """The student's outputs.
@@ -126,6 +130,19 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x
 
 
+def needs_float32(conv: Any, device: torch.device) -> bool:
+    """Whether a positional convolution may be wrong in bfloat16."""
+    return device.type == "cpu" and conv.bias.numel() // conv.groups < FEWEST_CHANNELS
+
+
+def positions(pos_conv: Any, x: Tensor) -> Tensor:
+    """The positional encoding ``[batch, dim, frame]`` of ``x``, of the same shape."""
+    if needs_float32(pos_conv[0], x.device):
+        with torch.autocast("cpu", enabled=False):
+            return pos_conv(x.to(pos_conv[0].bias.dtype))  # type: ignore[no-any-return]
+    return pos_conv(x)  # type: ignore[no-any-return]
+
+
 def encode(
     encoder: Any, layers: Iterable[Any], x: Tensor, padding: Tensor | None, recompute: bool
 ) -> tuple[list[Tensor], Tensor]:
@@ -142,7 +159,7 @@ def encode(
         The input of the first layer and the output of each, ``[batch, frame, dim]``; and the output
         of the encoder.
     """
-    x = x + encoder.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+    x = x + positions(encoder.pos_conv, x.transpose(1, 2)).transpose(1, 2)
     if not encoder.layer_norm_first:
         x = encoder.layer_norm(x)
     x = F.dropout(x, encoder.dropout, encoder.training)

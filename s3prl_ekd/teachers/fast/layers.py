@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...distill.student_forward import needs_float32
+
 if TYPE_CHECKING:  # WavLM has classes of the same names
     from s3prl.upstream.wav2vec2.wav2vec2_model import (
         MultiheadAttention,
@@ -52,17 +54,18 @@ class PositionalConv:
             conv.weight = weight
         else:
             weight = conv.weight.detach()
+        if needs_float32(conv, convert.device) and convert.dtype == torch.bfloat16:
+            convert = Converter(convert.device, torch.float32)
         self.weight, self.bias = convert(weight), convert(conv.bias)
         self.padding, self.groups = conv.padding, conv.groups
         self.remove = pad.remove
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[batch, frame, dim]`` -> the same shape."""
-        y = F.conv1d(
-            x.transpose(1, 2), self.weight, self.bias, padding=self.padding, groups=self.groups
-        )
+        y = x.transpose(1, 2).to(self.weight.dtype)
+        y = F.conv1d(y, self.weight, self.bias, padding=self.padding, groups=self.groups)
         y = y[:, :, : y.shape[2] - self.remove].transpose(1, 2)
-        return F.gelu(y)
+        return F.gelu(y).to(x.dtype)
 
 
 class RelativeBias:
