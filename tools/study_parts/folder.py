@@ -111,6 +111,7 @@ class StudyFolder(TrainingFolder):
             everything = {
                 "teachers": {name: teacher_config(name, self.files) for name in self.teachers},
                 "aggregation": "separate",
+                "teacher_precision": "float32",
                 "student": STUDENT,
             }
             self.set_up(everything)

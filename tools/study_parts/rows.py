@@ -121,6 +121,7 @@ def model_config(row: Row, files: dict[str, str], noise: str, folder: str = "") 
     config: dict[str, Any] = {
         "teachers": {name: teacher_config(name, files) for name in row.teachers},
         "aggregation": "average" if combination == AVERAGE_HEADS else combination,
+        "teacher_precision": "float32",  # on every kind of processor
         "student": started if row.start else STUDENT,
         # The student hears noise, babble and rooms; the teachers hear clean speech
         "distortion": {
