@@ -17,7 +17,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import EkdError, SetupError, first_line
-from .hf_weights import main_weights, shard_names, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +125,8 @@ def fetch(hub_id: HubId, location: str, error: type[EkdError]) -> HubModel:
             no weights, a damaged index, or a full disk.
         SetupError: huggingface_hub is not installed.
     """
+    from .hf_weights import main_weights, shard_names
+
     cached = _offline_copy(hub_id, location, error) or (
         _cached(hub_id) if hub_id.is_pinned else None
     )
@@ -190,6 +191,8 @@ def _download(hub_id: HubId, name: str) -> Path:
 
 def _cached(hub_id: HubId) -> HubModel | None:
     """The complete copy of a model in the cache; None without."""
+    from .hf_weights import weight_files
+
     hub = _huggingface_hub()
     try:
         folder = hub.snapshot_download(hub_id.repo, revision=hub_id.revision, local_files_only=True)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batch import Batch
-from ..distill.pruning.gates import Gate
 from ..distill.student_settings import PruningSettings
 from ..errors import EkdError
 from ..system.precision import DTYPES
@@ -47,9 +46,14 @@ def fused_adamw(
     and the weights of normalisation layers. With pruning, gates and Lagrange multipliers have a
     learning rate of their own; the multipliers are maximised.
     """
-    gates = [w for m in model.modules() if isinstance(m, Gate) for w in m.parameters()]
     children = dict(model.named_children())
-    multipliers = [*children["multipliers"].parameters()] if "multipliers" in children else []
+    gates: list[nn.Parameter] = []
+    multipliers: list[nn.Parameter] = []
+    if "multipliers" in children:
+        from ..distill.pruning.gates import Gate
+
+        multipliers = [*children["multipliers"].parameters()]
+        gates = [w for m in model.modules() if isinstance(m, Gate) for w in m.parameters()]
     own = {id(weight) for weight in (*gates, *multipliers)}
     trained = [w for w in model.parameters() if w.requires_grad and id(w) not in own]
     decay = config.get("weight_decay", 0.01)

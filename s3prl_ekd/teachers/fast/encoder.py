@@ -180,18 +180,13 @@ class FastEncoder:
         rounded = self.hidden_states(waves, [length], layers)
         errors = [(rounded[n] - exact[n]).abs().mean() / exact[n].abs().mean() for n in layers]
         error = float(sum(errors)) / len(layers)
-        precision = str(self.precision).removeprefix("torch.")
-        logger.info(
-            "teacher %s: %s targets differ from float32 by %.3f %% of their mean absolute value",
-            self.name,
-            precision,
-            100 * error,
+        message = (
+            f"teachers.{self.name}: targets in {str(self.precision).removeprefix('torch.')} differ "
+            f"from those in float32 by {100 * error:.3f} % of their mean absolute value"
         )
+        logger.info(message)
         if not error <= LARGEST_ERROR:
-            raise TeacherError(
-                f"teachers.{self.name}: targets in {precision} differ from those in float32 by "
-                f"{100 * error:.0f} % of their mean absolute value; set teacher_precision: float32"
-            )
+            raise TeacherError(f"{message}; set teacher_precision: float32")
 
     def _apply(
         self, layer: FastLayer, x: Tensor, bias: Tensor | None, key_mask: Tensor | None
