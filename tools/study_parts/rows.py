@@ -1,12 +1,13 @@
 """Teachers, sets of teachers, and rows of the study.
 
 A row is a student by what it learned from; ``none`` is the student before training. Some students
-begin as the first layers of ``hubert``. Teachers have
-six layers of width 192, of which three are the targets. What they know differs more or less:
-``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained on the
-same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels. Two were
-trained with labels, so that one is better at phones and the other at speakers: ``phones``, and
-another project's ``resemblyzer``.
+begin as the first layers of ``hubert``.
+
+Teachers have six layers of width 192, of which three are the targets. What they know differs more
+or less: ``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained
+on the same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels.
+Two were trained with labels, so that one is better at phones and the other at speakers: ``phones``,
+and another project's ``resemblyzer``.
 """
 
 from __future__ import annotations
