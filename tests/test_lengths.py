@@ -12,6 +12,7 @@ from s3prl_ekd import cli, compat
 from s3prl_ekd.data.audio_files import find_audio, read_header
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.lengths import write_length_tables, write_table
+from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import DataError
 
 from .conftest import error_of
@@ -143,10 +144,10 @@ def test_commas_quotes_and_newlines_in_names(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path):
-    write_table(tmp_path / "t.csv", [("a", 1)])
+    write_table(tmp_path / "t.csv", [Utterance("a", 1)])
     content = (tmp_path / "t.csv").read_bytes()
     with pytest.raises(UnicodeEncodeError):
-        write_table(tmp_path / "t.csv", [("b", 2), ("\udcff", 1)])
+        write_table(tmp_path / "t.csv", [Utterance("b", 2), Utterance("\udcff", 1)])
     assert (tmp_path / "t.csv").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 

@@ -20,6 +20,7 @@ from study_parts.results import NOISY, StudyResult, read_result, write_result
 from study_parts.rows import EXPERTS, NONE, PLAIN, Row
 
 from s3prl_ekd.data.lengths import write_table
+from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 from s3prl_ekd.pretrain.settings import load_model_config
@@ -353,12 +354,17 @@ def test_a_small_study_runs_once_and_goes_on_from_its_results(speech, tmp_path, 
     assert study.main([*argv, "--steps", "3"]) == 2  # of other updates
 
 
+def write_length_tables(tmp_path):
+    (tmp_path / "tables").mkdir()
+    for name in ("train", "dev"):
+        two = [Utterance(f"{path}.flac", 38_400) for path in ("s0-0", "s1-0")]
+        write_table(tmp_path / f"tables/{name}.csv", two)
+
+
 def test_untrained_students_have_the_first_weights_of_all_rows_of_their_seed(speech, tmp_path):
     """Rows of one seed share them, whatever their teachers."""
     small = folder.StudyFolder(tmp_path, speech)
-    for name in ("train", "dev"):
-        (tmp_path / "tables").mkdir(exist_ok=True)
-        write_table(tmp_path / f"tables/{name}.csv", [("s0-0.flac", 38_400), ("s1-0.flac", 38_400)])
+    write_length_tables(tmp_path)
     first = load_student(small.untrained(rows.STUDENT, 3)).student.state_dict()
     for row in (Row(("hubert",)), Row(("hubert", "wavlm"), "concat")):
         datarc = {**small.data(cached=False), "libri_root": str(speech), "num_workers": 0}
@@ -374,9 +380,7 @@ def test_students_that_start_from_a_teacher_have_the_weights_of_its_first_layers
     small = folder.StudyFolder(tmp_path, speech)
     small.write_start()
     checkpoint = torch.load(checkpoint_path("tiny_hubert"), weights_only=True)["model_weight"]
-    (tmp_path / "tables").mkdir()
-    for name in ("train", "dev"):
-        write_table(tmp_path / f"tables/{name}.csv", [("s0-0.flac", 38_400), ("s1-0.flac", 38_400)])
+    write_length_tables(tmp_path)
     row = Row(PLAIN, start=rows.START)
     datarc = {**small.data(cached=False), "libri_root": str(speech), "num_workers": 0}
     datarc["file_path"] = str(tmp_path / "tables")

@@ -170,6 +170,7 @@ def _loader(folder: Path, frames: list[int], passes: int, results: dict) -> None
     from s3prl_ekd.data.distortion.settings import DistortionSettings
     from s3prl_ekd.data.lengths import write_table
     from s3prl_ekd.data.settings import DataSettings
+    from s3prl_ekd.data.tables import Utterance
     from s3prl_ekd.hidden_states.store import TargetBlock, TargetReader
 
     rng = np.random.default_rng(0)
@@ -177,7 +178,7 @@ def _loader(folder: Path, frames: list[int], passes: int, results: dict) -> None
     for name, count in samples.items():
         noise = np.convolve(rng.standard_normal(count), np.hanning(8), "same")
         soundfile.write(folder / name, 0.05 * noise, 16000)  # about as compressible as speech
-    write_table(folder / "noise.csv", sorted(samples.items(), key=lambda row: -row[1]))
+    write_table(folder / "noise.csv", (Utterance(*item) for item in samples.items()))
     layout = tuple(TargetBlock(name, 3, WIDTH) for name in ("hubert", "robust", "wavlm"))
     states = torch.randn(FRAMES[1], 9 * WIDTH)
     _build(

@@ -25,6 +25,8 @@ import torch
 import yaml
 
 from s3prl_ekd import compat
+from s3prl_ekd.data.lengths import write_table
+from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.files.atomic import write_text
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
@@ -83,7 +85,7 @@ def command(folder: Path, *argv: str) -> None:
 
 
 def write_tables(folder: Path, audio: Path, count: int) -> None:
-    """Write ``tables/train.csv`` and ``tables/dev.csv``, longest first as the loader expects."""
+    """Write ``tables/train.csv`` and ``tables/dev.csv``."""
     paths = sorted(path for path in audio.rglob("*") if path.suffix in SUFFIXES)
     if len(paths) < 10:
         raise SystemExit(f"{audio}: {len(paths)} audio files ({', '.join(SUFFIXES)}), need 10")
@@ -93,12 +95,8 @@ def write_tables(folder: Path, audio: Path, count: int) -> None:
         ("dev", paths[::10]),
         ("train", [path for i, path in enumerate(paths) if i % 10]),
     ):
-        lengths = {str(path.relative_to(audio)): soundfile.info(path).frames for path in members}
-        longest = sorted(lengths.items(), key=lambda item: -item[1])
-        lines = [f"{i},{path},{length}," for i, (path, length) in enumerate(longest)]
-        write_text(
-            folder / f"tables/{name}.csv", "\n".join([",file_path,length,label", *lines, ""])
-        )
+        rows = (Utterance(str(p.relative_to(audio)), soundfile.info(p).frames) for p in members)
+        write_table(folder / f"tables/{name}.csv", rows)
     write_text(folder / "audio.txt", str(audio))
 
 

@@ -29,6 +29,7 @@ from s3prl_ekd.data.audio_files import SAMPLE_RATE
 from s3prl_ekd.data.batches import train_loader
 from s3prl_ekd.data.lengths import write_table
 from s3prl_ekd.data.settings import DataSettings
+from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.data.throughput import seconds_of
 
 SECONDS = (4.0, 16.0)  # shortest and longest utterance
@@ -71,7 +72,7 @@ def write_corpus(folder: Path, count: int) -> None:
         noise = np.convolve(rng.standard_normal(samples), np.hanning(8), "same")
         path = folder / f"audio/{i:05d}.flac"
         soundfile.write(path, 0.05 * noise, SAMPLE_RATE)  # about as compressible as speech
-        rows.append((path.name, samples))
+        rows.append(Utterance(path.name, samples))
         cuts.append(Recording.from_file(path, recording_id=f"{i:05d}").to_cut())
     write_table(folder / "files.csv", rows)
     (folder / SHARDS).mkdir()

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..data.lengths import LengthRow, measure_audio, write_table
+from ..data.lengths import measure_audio, write_table
 from ..data.manifest import SPLITS
+from ..data.tables import Utterance
 from ..errors import DataError, printable
 from ..files.atomic import make_folder
 from ..prepare.alignments import ALIGNMENTS
@@ -75,18 +76,18 @@ def main(args: argparse.Namespace) -> int:
 def _prepare_unlabeled(args: argparse.Namespace) -> None:
     manifest = manifest_of(args, ("path", "split"))
     parts = [entry.part("") for entry in manifest.entries]
-    rows: dict[str, list[LengthRow]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[Utterance]] = {split: [] for split in SPLITS}
     measured = measure_audio(manifest.root, parts, jobs=args.jobs, bar=True)
     for entry, audio in zip(manifest.entries, measured, strict=True):
         if isinstance(audio, DataError):
             raise DataError(f"{entry.location}: {audio}") from audio
-        rows[entry.split].append((entry.path, audio.samples, entry.offset))
+        rows[entry.split].append(Utterance(entry.path, audio.samples, entry.offset))
     folder = args.out / TABLES
     make_folder(folder)
     for split, own in rows.items():
         if own:
             write_table(folder / f"{split}.csv", own)
-            print_splits({split: [row[1] for row in own]})
+            print_splits({split: [row.length for row in own]})
     print(f"wrote {folder}; in the YAML: libri_root: {printable(str(manifest.root))}")
     print(f"               file_path: {folder}")
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError, printable
 from ..files.atomic import make_folder, write_csv, write_text
@@ -26,20 +27,17 @@ from .audio_files import (
     total_hours,
 )
 from .manifest import Manifest, is_manifest, read_manifest
-from .tables import OFFSET
+from .tables import OFFSET, Utterance, sort_key
 
 SKIPPED = "skipped.txt"
 _SPLIT_NAME = re.compile(r"(train|dev|test|valid)", re.IGNORECASE)
-
-# file_path, length in samples at 16 kHz, and of segments the offset
-LengthRow = tuple[str, int] | tuple[str, int, int | None]
 
 
 @dataclass(frozen=True)
 class LengthTables:
     """The result of :func:`write_length_tables`."""
 
-    rows: dict[str, list[LengthRow]]  # table name -> rows, longest first
+    rows: dict[str, list[Utterance]]  # table name -> rows, longest first
     skipped: list[tuple[str, str]]  # (name, reason) of the utterances in no table
     why_single: str | None  # see group_by_split
     root: Path  # the folder that paths are relative to
@@ -49,7 +47,7 @@ class LengthTables:
         tables = {f"{printable(name)}.csv": rows for name, rows in self.rows.items()}
         tables["total"] = [row for rows in self.rows.values() for row in rows]
         lines = [
-            f"{name}: {len(rows)} utterances, {total_hours(row[1] for row in rows):.2f} h"
+            f"{name}: {len(rows)} utterances, {total_hours(row.length for row in rows):.2f} h"
             for name, rows in tables.items()
         ]
         if self.why_single:
@@ -61,25 +59,13 @@ class LengthTables:
         return "\n".join(lines)
 
 
-def sort_rows(rows: Iterable[LengthRow]) -> list[LengthRow]:
-    """Sort by length, longest first, then by path, so that the order is reproducible."""
-    return sorted(rows, key=lambda row: (-row[1], row[0], _offset(row) or 0))
-
-
-def _offset(row: LengthRow) -> int | None:
-    return row[2] if len(row) > 2 else None
-
-
-def write_table(path: str | Path, rows: Iterable[LengthRow]) -> None:
-    """Write one table, in the order of :func:`sort_rows`; the write is atomic."""
-    head: tuple[str, ...] = ("", "file_path", "length", "label")
-    rows = sort_rows(rows)
-    numbered: list[tuple] = [(i, row[0], row[1], "") for i, row in enumerate(rows)]
-    if any(_offset(row) is not None for row in rows):
-        head = (*head, OFFSET)
-        offsets = ("" if _offset(row) is None else _offset(row) for row in rows)
-        numbered = [(*cells, offset) for cells, offset in zip(numbered, offsets, strict=True)]
-    write_csv(path, (head, *numbered), line_end="\n")
+def write_table(path: str | Path, rows: Iterable[Utterance]) -> None:
+    """Write one table, the longest utterance first; the write is atomic."""
+    rows = sorted(rows, key=sort_key)
+    lines: list[list[Any]] = [["", "file_path", "length", "label", OFFSET]]
+    lines += ([i, row.path, row.length, "", row.offset] for i, row in enumerate(rows))
+    columns = 5 if any(row.offset is not None for row in rows) else 4
+    write_csv(path, (line[:columns] for line in lines), line_end="\n")
 
 
 @dataclass(frozen=True)
@@ -196,9 +182,11 @@ def write_length_tables(
         else:
             samples[part] = audio.samples
     rows = {
-        table: sort_rows(
-            (str(part.path), samples[part], part.offset) for part in members if part in samples
-        )
+        table: [
+            Utterance(str(part.path), samples[part], part.offset)
+            for part in members
+            if part in samples
+        ]
         for table, members in groups.items()
     }
     make_folder(out)

@@ -9,9 +9,8 @@ import csv
 import io
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 from ..files.text import check_regular
@@ -25,8 +24,7 @@ OFFSET = (
 TABLE_ADVICE = "write tables with: s3prl-ekd length-tables AUDIO_FOLDER -o TABLE_FOLDER"
 
 
-@dataclass(frozen=True)
-class Utterance:
+class Utterance(NamedTuple):
     """One row of a length table: a file or a segment of it."""
 
     path: str  # relative to the corpus root

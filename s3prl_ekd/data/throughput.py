@@ -19,6 +19,7 @@ from .batch import Batch
 from .lengths import write_table
 from .loader import BatchLoader
 from .settings import DataSettings
+from .tables import Utterance
 
 SECONDS = 10.0  # of a measurement
 NOISE_FILES = 48  # of 4 to 15.75 s
@@ -32,7 +33,7 @@ def write_noise(folder: Path) -> DataSettings:
         noise = np.convolve(rng.standard_normal(int(samples)), np.hanning(8), "same")
         syllables = np.abs(np.sin(2 * np.pi * 2 * np.arange(len(noise)) / SAMPLE_RATE))
         soundfile.write(folder / f"{i}.flac", 0.05 * noise * syllables, SAMPLE_RATE)
-        rows.append((f"{i}.flac", len(noise)))
+        rows.append(Utterance(f"{i}.flac", len(noise)))
     write_table(folder / "noise.csv", rows)
     return DataSettings(str(folder), str(folder), ("noise",), train_batch_size=8)
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..data.audio_files import is_hidden_or_system
 from ..data.lengths import write_table
+from ..data.tables import Utterance
 from ..errors import DataError
 from ..files.atomic import atomic_folder, file_sha256
 from ..files.formats import check_format_version
@@ -138,7 +139,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
             _write_flac(root / folder / f"{name}.flac", wave)
             transcript = f"{folder}/{speaker}-{_CHAPTER}.trans.txt"
             lines.setdefault(transcript, []).append(f"{name} {normalise(text)}\n")
-            rows.append((f"{folder}/{name}.flac", len(wave)))
+            rows.append(Utterance(f"{folder}/{name}.flac", len(wave)))
             if not splits:
                 speech.append(wave / 32768)
             bar.update()
@@ -147,7 +148,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         write_table(root / TABLES / f"{split}.csv", rows)
         splits[split] = {
             "utterances": len(rows),
-            "seconds": round(sum(length for _, length in rows) / SAMPLE_RATE, 1),
+            "seconds": round(sum(row.length for row in rows) / SAMPLE_RATE, 1),
             "speakers": [str(number) for number, _ in talkers],
         }
     bar.close()

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from ..data.lengths import write_table
 from ..data.manifest import SPLITS, Manifest
+from ..data.tables import Utterance
 from ..errors import DataError
 from .common import (
     PREPARED,
@@ -131,7 +132,7 @@ def write_librispeech(
         The number of files copied or written.
     """
     names = speaker_names(utterance.speaker for utterance in utterances)
-    tables: dict[str, list[tuple[str, int]]] = {}
+    tables: dict[str, list[Utterance]] = {}
     transcripts: dict[PurePosixPath, list[str]] = {}
     prepared = ["id\tpath\tspeaker\tsplit\tsamples"]
     copied = 0
@@ -147,7 +148,7 @@ def write_librispeech(
             file = folder / (name + utterance.audio.suffix)
             (root / folder).mkdir(parents=True, exist_ok=True)
             copied += utterance.audio.place(root / file, copy=copy)
-            tables.setdefault(split, []).append((str(file), utterance.audio.samples))
+            tables.setdefault(split, []).append(Utterance(str(file), utterance.audio.samples))
             cells = (name, utterance.original, utterance.speaker, utterance.split)
             prepared.append("\t".join((*cells, str(utterance.audio.samples))))
         for path, lines in transcripts.items():

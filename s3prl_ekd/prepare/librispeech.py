@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.audio_files import SUFFIXES, find_audio
-from ..data.lengths import LengthRow, write_table
+from ..data.lengths import write_table
 from ..data.manifest import MAX_LIST
+from ..data.tables import Utterance
 from ..errors import DataError
 from ..files.text import read_text
 from .asr import TABLES
@@ -95,16 +96,16 @@ def read_texts(root: Path, folders: Sequence[str]) -> dict[Path, list[str]]:
     return texts
 
 
-def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, list[LengthRow]]:
+def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, list[Utterance]]:
     """Return the path below ``root`` and the length in samples of each utterance, by split."""
     paths = [f"{split}/{name}" for split in splits for name in find_audio(root / split)]
-    rows: dict[str, list[LengthRow]] = {split: [] for split in splits}
+    rows: dict[str, list[Utterance]] = {split: [] for split in splits}
     bad = []
     for path, length in zip(paths, audio_lengths(root, paths, jobs), strict=True):
         if isinstance(length, DataError):
             bad.append(str(length))
         else:
-            rows[path.partition("/")[0]].append((path, length))
+            rows[path.partition("/")[0]].append(Utterance(path, length))
     if bad:
         raise DataError(
             f"{root}: {len(bad)} of {len(paths)} files are invalid; if they are damaged, unpack "

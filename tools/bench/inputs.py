@@ -14,6 +14,7 @@ import torch
 from s3prl_ekd.data.audio import read_audio
 from s3prl_ekd.data.audio_files import find_audio
 from s3prl_ekd.data.lengths import write_table
+from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.errors import DataError
 from s3prl_ekd.teachers.random_weights import CONV_LAYERS, hubert_checkpoint, wavlm_checkpoint
 
@@ -97,7 +98,7 @@ def write_corpus(
     for number, wave in enumerate(waves):
         name = f"u{number:04d}.flac"
         soundfile.write(folder / "audio" / name, wave, RATE, subtype="PCM_16")
-        rows.append((name, len(wave)))
+        rows.append(Utterance(name, len(wave)))
     write_table(folder / "tables" / f"{TABLE}.csv", rows)
 
 

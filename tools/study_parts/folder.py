@@ -278,6 +278,7 @@ class StudyFolder(TrainingFolder):
         """Write the length tables: real and synthesised speech for training, real for dev."""
         from s3prl_ekd.data.audio_files import find_audio, read_headers
         from s3prl_ekd.data.lengths import write_table
+        from s3prl_ekd.data.tables import Utterance
 
         rows: dict[str, list[str]] = {"train": [], "dev": []}
         for row in self.corpus.table("unlabeled"):
@@ -287,7 +288,7 @@ class StudyFolder(TrainingFolder):
         (self.folder / "tables").mkdir(exist_ok=True)
         for split, names in rows.items():
             headers = read_headers(self.audio, names)
-            lengths = [(n, h.samples) for n, h in zip(names, headers, strict=True)]  # type: ignore[union-attr]
+            lengths = [Utterance(n, h.samples) for n, h in zip(names, headers, strict=True)]  # type: ignore[union-attr]
             write_table(self.folder / f"tables/{split}.csv", lengths)
 
     def data(self, cached: bool = True) -> dict[str, Any]:
