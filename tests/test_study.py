@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -391,3 +396,47 @@ def test_students_that_start_from_a_teacher_have_the_weights_of_its_first_layers
     assert len(copied) > 40
     assert all(torch.equal(weights[name], checkpoint[name]) for name in copied)
     assert small.first_weights(row, 1) == small.first_weights(row, 2)
+
+
+def test_a_killed_study_leaves_no_process(tmp_path):
+    """A job of the pool runs a command; after SIGKILL of the study both end."""
+    (tmp_path / "slow").mkdir()
+    record = "pathlib.Path('pids').write_text(f'{os.getpid()} {os.getppid()}')"
+    sleep = f"import os, pathlib, time\n{record}\ntime.sleep(600)\n"
+    (tmp_path / "slow/command.py").write_text(sleep)
+    start = """
+from pathlib import Path
+from study_parts.run import process_pool
+from study_parts.training import TrainingFolder
+
+if __name__ == "__main__":
+    folder = TrainingFolder(Path("."), Path("."))
+    with process_pool(1) as pool:
+        pool.submit(folder.command, "slow.command").result()
+"""
+    (tmp_path / "start.py").write_text(start)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), **os.environ}
+    process = subprocess.Popen([sys.executable, "start.py"], cwd=tmp_path, env=path)
+    try:
+        pids = wait_for(lambda: [int(pid) for pid in read(tmp_path / "pids").split()])
+    finally:
+        process.kill()
+        process.wait()
+    assert len(pids) == 2 and process.pid not in pids
+    assert wait_for(lambda: not any(map(is_running, pids)))
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return value
+
+
+def is_running(pid):
+    state = Path(f"/proc/{pid}/stat")  # the third field; Z: ended, and not yet waited for
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from s3prl_ekd.errors import ConfigError, EkdError, SetupError
+from s3prl_ekd.system.jobs import end_with_parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         0: finished, or --minutes is over. 2: a user's error. 128 + N: signal N.
     """
     args = make_parser().parse_args(argv)
+    end_with_parent()  # if tools/study.py has started this command
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if args.summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -13,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from s3prl_ekd.errors import SetupError
+from s3prl_ekd.system.jobs import PARENT, end_with_parent
 
 from .folder import StudyFolder
 from .results import StudyResult, machine, probe_states, read_result, write_result
@@ -189,7 +191,7 @@ def run_missing(
                 todo.append((f"{row.name}, seed {seed}", job))
     failed, done = [], 0
     with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        process_pool(jobs) as pool,
         tqdm(total=len(todo), unit=" results", dynamic_ncols=True) as bar,
     ):
         waiting, running = list(todo), {}
@@ -211,6 +213,18 @@ def run_missing(
                     failed.append(f"{name}: {error}")
                     tqdm.write(failed[-1])
     return len(todo) - done, failed
+
+
+def process_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that end, with the commands they run, when this one has ended."""
+    return ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=_start_process, initargs=(os.getpid(),)
+    )
+
+
+def _start_process(parent: int) -> None:
+    os.environ[PARENT] = str(parent)
+    end_with_parent()
 
 
 def check_results(

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from s3prl_ekd.system.jobs import child_environment
+
 from .probes import Corpus
 
 EXCERPT = 32_000  # samples of an utterance in training, 2 s
@@ -39,6 +41,7 @@ class TrainingFolder:
                 cwd=self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=child_environment(),  # it ends with this process
             )
         if done.returncode:
             raise SystemExit(f"failed: {' '.join(argv)}; see {self.folder / f'{log}.txt'}")
