@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 
 import pytest
 import soundfile
@@ -76,11 +77,11 @@ def test_paths_with_equals_signs(tmp_path, monkeypatch, path):
         parse_upstream("epoch=4.ckpt")
 
 
-def test_commands_with_equals_signs(in_superb_workspace, tmp_path, capsys):
+def test_commands_with_equals_signs(in_superb_workspace, student_file, tmp_path, capsys):
     """`run_downstream.py` parses the printed commands correctly."""
     folder = tmp_path / "lr=1e-4 x"
     folder.mkdir()
-    (folder / "student.pt").touch()
+    shutil.copy(student_file, folder / "student.pt")
     recipe = folder / "tiny.yaml"
     recipe.write_text((in_superb_workspace / "downstream/voxceleb1/tiny.yaml").read_text())
     options = [str(folder / "student.pt"), "--tasks", "sid", "--recipe", str(recipe), "--dry-run"]
@@ -315,6 +316,13 @@ def test_dry_run_prints_the_commands(in_superb_workspace, tmp_path, capsys):
     assert train[3:6] == ["-m", "s3prl_ekd", "run_downstream.py"] and "-a" in train
     assert test[:5] == ["run_downstream.py", "-m", "evaluate", "-t", "test"]
     assert test[-1].endswith("lr0.003-seed1337/dev-best.ckpt")
+
+
+def test_dry_run_looks_into_students(in_superb_workspace, tmp_path, capsys):
+    path = tmp_path / "text.safetensors"
+    path.write_text("no tensors")
+    argv = ["superb", f"mine={path}", "--tasks", "sid", "--recipes", "tiny", "--dry-run"]
+    assert str(path) in error_of(capsys, *argv)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def main(args) -> int:
     from ..superb import run as superb  # which imports torch
 
     if args.dry_run:
+        _check_students(runs)
         for run in runs:
             for argv in superb.commands(run, args.gpus):
                 print(shlex.join(argv))
@@ -132,6 +133,17 @@ def main(args) -> int:
         print(line)
     print(f"{len(runs)} runs finished; next: s3prl-ekd report {shlex.quote(str(args.output))}")
     return 0
+
+
+def _check_students(runs) -> None:
+    """Load the students among the upstreams, but none that would be downloaded."""
+    from ..teachers.student_source import find_student
+
+    upstreams = dict.fromkeys(run.upstream for run in runs)
+    for upstream in upstreams:
+        path = upstream.checkpoint
+        if upstream.hub.startswith("ekd_student") and path is not None and Path(path).exists():
+            find_student(path, upstream.name).load()
 
 
 def _check_upstreams(runs) -> None:
