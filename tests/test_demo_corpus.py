@@ -27,7 +27,7 @@ SMALL = {
 }
 needs_espeak = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None,
-    reason="espeakng_loader is not installed (pip install 's3prl_ekd[demo]')",
+    reason="espeakng_loader is not installed (pip install '.[demo]')",
 )
 
 

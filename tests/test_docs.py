@@ -32,7 +32,7 @@ NEEDED = ("sphinx", "myst_parser", "furo")
 def sphinx():
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}; type: pip install 's3prl_ekd[docs]'")
+        pytest.skip(f"not installed: {', '.join(missing)}; type: pip install '.[docs]'")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def check_format_version(
         versions = "format version 1" if supported == 1 else f"format versions 1 to {supported}"
         raise error(
             f"{noun} has format version {version}, but s3prl_ekd {__version__} reads {versions}; "
-            "type: pip install --upgrade s3prl_ekd"
+            "type, in a newer copy of its repository: pip install ."
         )
 
 
