@@ -35,19 +35,11 @@ from s3prl_ekd.pretrain_expert import UpstreamPretrainExpert  # noqa: E402, F401
 '''
 
 
+# The option for what s3prl_runner.yaml has and tiny_runner.yaml lacks.
+TINY_S3PRL = "-o \"config.optimizer.name='AdamW_with_schedule',,config.runner.precision='float32'\""
 # A tiny experiment is a full one with another first comment and these replacements. The teachers of
 # tiny_model.yaml have 6 layers of width 192, those of config_model.yaml 12 of 768. A tiny run has
 # 600 steps, in which gates close only with a higher learning rate.
-TINY_HEAD = """\
-# A tiny version of experiments/{name}.yaml, for a laptop.
-#
-#   run_pretrain.py -u ekd -n {name} -c pretrain/ekd/{runner}.yaml \\
-#       -g pretrain/ekd/tiny/{name}.yaml{options}
-"""
-TINY_S3PRL = """ \\
-#       -o "config.optimizer.name='AdamW_with_schedule',,config.runner.precision='float32'"
-"""[:-1]
-TINY_PRUNE = "#   s3prl-ekd prune result/pretrain/{name} -o {name}.pt\n"
 TINY_CHANGES = (
     ("../config_model.yaml", "../tiny_model.yaml"),
     ("[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]", "[1, 2], [3, 4], [5, 6]"),
@@ -111,12 +103,60 @@ def tiny_experiment(name: str, text: str) -> str:
     text = text.partition("\n\n")[2]
     for full, tiny in TINY_CHANGES:
         text = text.replace(full, tiny)
-    pruned = "\npruning:" in text
-    runner = "tiny_pruning_runner" if pruned else "tiny_runner"
-    options = TINY_S3PRL if "\nstudent_backend: s3prl" in text else ""  # that of s3prl_runner.yaml
-    head = TINY_HEAD.format(name=name, runner=runner, options=options)
-    head += TINY_PRUNE.format(name=name) * pruned
+    experiment = Experiment(f"tiny/{name}", text)
+    run = " \\\n#       ".join(experiment.run())
+    after = f"#   {experiment.after()}\n" if experiment.is_pruned else ""
+    head = f"# A tiny version of experiments/{name}.yaml, for a laptop.\n#\n#   {run}\n{after}"
     return f"{head}\n{text}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment in a working folder, and its commands.
+
+    Attributes:
+        name: ``experiments/NAME`` or ``tiny/NAME``.
+        text: its YAML.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def run_name(self) -> str:
+        return self.name.rpartition("/")[2]
+
+    @property
+    def is_pruned(self) -> bool:
+        return "\npruning:" in self.text
+
+    @property
+    def runner(self) -> str:
+        """The name of its runner config."""
+        if self.name.startswith("tiny/"):
+            return "tiny_pruning_runner" if self.is_pruned else "tiny_runner"
+        if self.is_pruned:
+            return "pruning_runner"
+        return "s3prl_runner" if self._is_s3prl else "config_runner"
+
+    @property
+    def _is_s3prl(self) -> bool:
+        return "\nstudent_backend: s3prl" in self.text
+
+    def run(self) -> list[str]:
+        """The command that trains it, in parts, each with its options."""
+        command = f"run_pretrain.py -u ekd -n {self.run_name}"
+        if self.runner != "config_runner":  # the default
+            command += f" -c pretrain/ekd/{self.runner}.yaml"
+        parts = [command, f"-g pretrain/ekd/{self.name}.yaml"]
+        return [*parts, TINY_S3PRL] if self._is_s3prl and self.runner == "tiny_runner" else parts
+
+    def after(self) -> str:
+        """The command after the training: prune, or export the student."""
+        folder = f"result/pretrain/{self.run_name}"
+        if self.is_pruned:
+            return f"s3prl-ekd prune {folder} -o {self.run_name}.pt"
+        return f"s3prl-ekd export student {folder} -o {self.run_name}.safetensors"
 
 
 @dataclass(frozen=True)

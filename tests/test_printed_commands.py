@@ -10,6 +10,7 @@ from s3prl_ekd.commands.init import _next_steps
 from s3prl_ekd.downstream.requirements import init_command
 from s3prl_ekd.workspace import CorpusPaths
 
+from .conftest import write_librispeech_names
 from .documented import Machine
 
 AWKWARD = "it's lr=1e-4; $HOME"
@@ -51,6 +52,31 @@ def test_only_what_can_run_is_printed_after_init(tmp_path):
     assert f" {tmp_path}/v/iden_split.txt " in text
     (line,) = [x for x in printed(text) if "librispeech" in x and "prepare" in x]
     assert "--lexicon" not in line  # a file that may not be there
+
+
+def test_after_init_the_chosen_experiments_are_run(tmp_path, capsys):
+    """Each config of the printed commands is in the folder, and extends no other experiment."""
+    write_librispeech_names(tmp_path / "corpus", "train-clean-100", "dev-clean", "test-clean")
+    folder, names = tmp_path / "work", ("three_average", "s3prl_distiller", "dp_hubert")
+    options = [option for name in names for option in ("-x", name)]
+    options += ["--librispeech", str(tmp_path / "corpus")]
+    assert cli.main(["init", str(folder), *options]) == 0
+    commands = [shlex.split(line) for line in printed(capsys.readouterr().out)]
+    runs = [argv for argv in commands if argv[0] == "run_pretrain.py"]
+    assert [argv[argv.index("-n") + 1] for argv in runs] == [*names]
+    for argv, name in zip(runs, names, strict=True):
+        assert argv[argv.index("-g") + 1] == f"pretrain/ekd/experiments/{name}.yaml"
+        for path in (argv[i + 1] for i, option in enumerate(argv) if option in ("-c", "-g")):
+            assert (folder / path).is_file(), path
+    assert ["-c" in argv for argv in runs] == [False, True, True]
+    assert [argv[1] for argv in commands if argv[1] in ("export", "prune")] == [
+        "export", "export", "prune",
+    ]  # fmt: skip
+    assert commands[-1][1:4] == [
+        "superb",
+        "three_average.safetensors",
+        "s3prl_distiller.safetensors",
+    ]
 
 
 def printed(output: str) -> list[str]:

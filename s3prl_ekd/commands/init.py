@@ -17,12 +17,20 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..downstream.tasks import DEFAULT_TASKS
 from ..errors import SetupError
 from ..files.renamed_keys import renamed_text
-from ..workspace import CorpusPaths, absolute_path, experiments, report_differences, write_workspace
+from ..workspace import (
+    CorpusPaths,
+    Experiment,
+    absolute_path,
+    experiments,
+    report_differences,
+    write_workspace,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +101,10 @@ def main(args: argparse.Namespace) -> int:
     differences = report_differences(args.dir, corpora.values())
     if differences:
         print("", *differences, sep="\n")
-    print(f"\n{_next_steps(args.dir, corpora)}")
+    chosen = [] if "all" in args.experiment else selected
+    texts = experiments()
+    steps = _next_steps(args.dir, corpora, [Experiment(name, texts[name]) for name in chosen])
+    print(f"\n{steps}")
     return 0
 
 
@@ -106,18 +117,27 @@ def _full_name(name: str, tiny: bool) -> str:
     return name if "/" in name else f"experiments/{name}"
 
 
-def _next_steps(folder: Path, corpora: CorpusPaths) -> str:
+def _next_steps(folder: Path, corpora: CorpusPaths, chosen: Sequence[Experiment] = ()) -> str:
+    """The commands to type next, for the chosen experiments or the default one."""
     cd = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}, then "
-    run = "run_pretrain.py -u ekd -n my_student"
+    runs = [" ".join(experiment.run()) for experiment in chosen]
+    after = [experiment.after() for experiment in chosen]
+    students = [f"{e.run_name}.safetensors" for e in chosen if not e.is_pruned]
+    if not chosen:
+        runs, students = ["run_pretrain.py -u ekd -n my_student"], ["student.safetensors"]
+        after = ["s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
     if not corpora:
-        edit = "edit libri_root, file_path and sets in pretrain/ekd/config_runner.yaml and type:"
-        return f"next: {cd}{edit}\n  {run}"
+        runners = sorted({f"pretrain/ekd/{e.runner}.yaml" for e in chosen})
+        files = " and ".join(runners or ["pretrain/ekd/config_runner.yaml"])
+        edit = f"edit libri_root, file_path and sets in {files} and type:"
+        return "\n  ".join([f"next: {cd}{edit}", *runs])
     lines = corpora.commands()
     if corpora.librispeech:
-        lines += [run, "s3prl-ekd export student result/pretrain/my_student -o student.safetensors"]
-    if tasks := corpora.tasks:
-        chosen = "" if len(tasks) == len(DEFAULT_TASKS) else f" --tasks {' '.join(tasks)}"
-        lines.append(f"s3prl-ekd superb student.safetensors{chosen}")
+        lines += [line for pair in zip(runs, after, strict=True) for line in pair]
+    if corpora.tasks and students:
+        tasks = corpora.tasks
+        names = "" if len(tasks) == len(DEFAULT_TASKS) else f" --tasks {' '.join(tasks)}"
+        lines.append(f"s3prl-ekd superb {' '.join(students)}{names}")
     phones = ""
     if corpora.librispeech and not corpora.lexicon:
         phones = (
