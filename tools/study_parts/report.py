@@ -153,20 +153,21 @@ def _hypothesis_table(tested: Tested) -> str:
             ]
         )
     return (
-        "Mean over seeds with its 95 % interval. The six of the first column without a mark are "
+        f"Mean over seeds with its 95 % interval. The p-values of {', '.join(CORRECTED)} are "
         "corrected for their number (Holm), in both tests; H1b is per unit of headroom.\n\n"
         + markdown_table(table)
     )
 
 
 def _power(tested: Tested) -> str:
-    values = [
-        "{} {:.3f}, {:.2f}, {:.2f}".format(key, e.deviation, *e.detectable)
-        for key, (_, e) in tested.items()
-    ]
+    table = [["", "deviation over seeds", "found at 5 %", "found after correction"]]
+    for key, (_, e) in tested.items():
+        once, corrected = (f"{value:.2f}" for value in e.detectable)
+        table.append([key, f"{e.deviation:.3f}", once, corrected if key in CORRECTED else ""])
     return (
-        "Standard deviation over seeds, and the smallest true value that is found with 80 % power, "
-        f"at 5 % and at the first step of Holm's correction: {'; '.join(values)}."
+        "Standard deviation of a contrast over seeds, and its smallest true value that is found "
+        "with 80 % power, at 5 % and at the first step of Holm's correction.\n\n"
+        + markdown_table(table)
     )
 
 
