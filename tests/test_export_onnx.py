@@ -147,7 +147,7 @@ def test_int8(make):
     assert sum(w.data_type == onnx.TensorProto.INT8 and len(w.dims) == 2 for w in weights) == layers
     assert len(int8_graph) < len(graph)
     errors = relative_errors(student, OnnxSession(int8_graph, 1))
-    assert all(1e-5 < error < 0.1 for error in errors)
+    assert all(1e-5 < error < 0.04 for error in errors)  # 0.07 and more if sums saturate
     assert max(relative_errors(student, OnnxSession(graph, 1))) < 1e-5
 
 

@@ -129,7 +129,7 @@ def test_transformers_computes_the_hidden_states_of_the_student(write, waves, tm
     assert (expected.mask == 0).any()
     for state, own in zip(states, expected.hidden_states, strict=True):
         assert own.abs().max() > 0.5
-        assert torch.allclose(state, own, rtol=0, atol=1e-5)
+        assert torch.allclose(state, own, rtol=0, atol=3e-6 * float(own.abs().max()))
 
 
 @variants
@@ -264,4 +264,6 @@ def test_int8():
     op_types = [node.op_type for node in onnx.load_from_string(int8_graph).graph.node]
     # The projection; q, k, v, out and the position gate of two layers; fc1 and fc2 of two layers.
     assert op_types.count("MatMulInteger") == 1 + 2 * 5 + 2 * 2
-    assert all(1e-5 < error < 0.1 for error in relative_errors(student, OnnxSession(int8_graph, 1)))
+    assert all(
+        1e-5 < error < 0.02 for error in relative_errors(student, OnnxSession(int8_graph, 1))
+    )

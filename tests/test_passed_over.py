@@ -94,7 +94,7 @@ def test_librispeech(folder):
     transcripts = read_texts(folder.parent, [folder.name])
     assert transcripts == {folder / name: ["WORD"] for name in names}
     rows = measure_splits(folder.parent, [folder.name], 1)[folder.name]
-    assert [path for path, _ in rows] == [f"{folder.name}/{name}" for name in names]
+    assert [row.path for row in rows] == [f"{folder.name}/{name}" for name in names]
 
 
 def test_voxceleb1(tmp_path):
