@@ -8,7 +8,7 @@ import pytest
 from s3prl_ekd import cli
 from s3prl_ekd.commands.init import _next_steps
 from s3prl_ekd.downstream.requirements import init_command
-from s3prl_ekd.workspace import CorpusPaths
+from s3prl_ekd.workspace import CorpusPaths, Experiment, experiments
 
 from .conftest import write_librispeech_names
 from .documented import Machine
@@ -77,6 +77,14 @@ def test_after_init_the_chosen_experiments_are_run(tmp_path, capsys):
         "three_average.safetensors",
         "s3prl_distiller.safetensors",
     ]
+
+
+@pytest.mark.parametrize("name, text", experiments().items(), ids=list(experiments()))
+def test_the_first_lines_of_an_experiment_have_its_command(name, text):
+    """Those of the full experiments are written by hand."""
+    head = text.partition("\n\n")[0].splitlines()
+    command = " ".join(line.lstrip("# ").rstrip("\\ ") for line in head)
+    assert " ".join(Experiment(name, text).run()) in command
 
 
 def printed(output: str) -> list[str]:
