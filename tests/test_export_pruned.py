@@ -129,7 +129,8 @@ def test_transformers_computes_the_hidden_states_of_the_student(write, waves, tm
     assert (expected.mask == 0).any()
     for state, own in zip(states, expected.hidden_states, strict=True):
         assert own.abs().max() > 0.5
-        assert torch.allclose(state, own, rtol=0, atol=3e-6 * float(own.abs().max()))
+        rounding = 1.5e-6 * float(own.abs().max())  # of float32; values are up to 8
+        assert torch.allclose(state, own, rtol=0, atol=max(1e-5, rounding))
 
 
 @variants

@@ -50,7 +50,7 @@ def error_of():
         assert "\n" not in message
         for number in (version, 1):  # the file's version and the supported one
             assert re.search(rf"\bversion\D+{number}\b", message)
-        assert __version__ in message
+        assert __version__ in message and "pip install ." in message
         return message
 
     return call

@@ -101,6 +101,8 @@ def test_bad_files_are_listed_and_counted(corpus, tmp_path):
     (corpus / "dev-clean/streamed.flac").write_bytes(streamed)
     tables = write_length_tables(corpus, tmp_path / "out")
     assert len(tables.rows["dev-clean"]) == 2
+    for rows in tables.rows.values():
+        assert rows == sorted(rows, key=lambda row: (-row.length, row.path))
     text = (tmp_path / "out/skipped.txt").read_text()
     reasons = dict(line.split("\t") for line in text.splitlines())
     assert set(reasons) == {

@@ -55,7 +55,7 @@ def test_only_what_can_run_is_printed_after_init(tmp_path):
 
 
 def test_after_init_the_chosen_experiments_are_run(tmp_path, capsys):
-    """Each config of the printed commands is in the folder, and extends no other experiment."""
+    """Each config of the printed commands is in the folder."""
     write_librispeech_names(tmp_path / "corpus", "train-clean-100", "dev-clean", "test-clean")
     folder, names = tmp_path / "work", ("three_average", "s3prl_distiller", "dp_hubert")
     options = [option for name in names for option in ("-x", name)]

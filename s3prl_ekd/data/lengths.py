@@ -182,11 +182,14 @@ def write_length_tables(
         else:
             samples[part] = audio.samples
     rows = {
-        table: [
-            Utterance(str(part.path), samples[part], part.offset)
-            for part in members
-            if part in samples
-        ]
+        table: sorted(
+            (
+                Utterance(str(part.path), samples[part], part.offset)
+                for part in members
+                if part in samples
+            ),
+            key=sort_key,
+        )
         for table, members in groups.items()
     }
     make_folder(out)

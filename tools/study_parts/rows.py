@@ -3,7 +3,8 @@
 A row is a student by what it learned from; ``none`` is the student before training. Some students
 begin as the first layers of ``hubert``.
 
-Teachers have six layers of width 192, of which three are the targets. They differ in training:
+All teachers but ``resemblyzer`` have six layers of width 192; three of these are the targets. The
+teachers differ in training:
 ``sibling`` is ``hubert`` trained with another seed, ``wavlm`` and ``robust`` were trained
 on the same units with other inputs, ``speaker`` and ``prosody`` on other targets without labels.
 Two were trained with labels, so that one is better at phones and the other at speakers: ``phones``,
