@@ -2,6 +2,7 @@
 
 import builtins
 import re
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from s3prl_ekd.student_file import contents
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT, make_sound
+from .kill_and_resume import flat_values, unequal
 
 WORDS = ("A", "NO", "YES", "SEA", "TO")
 YAML = ["-c", "downstream/asr/tiny.yaml"]
@@ -159,10 +161,25 @@ def test_alpha_1_equals_s3prl_alone(workspace):
             assert value.equal(result[part][key]), (part, key)
 
 
-def test_resume(distilled):
+def test_a_resumed_run_takes_the_options_of_the_command(distilled):
     essence("essence", "-a", "--steps", "6", "--alpha", "0")
     saved = states("essence", 6)
     assert saved["Step"] == 6 and saved["Config"]["essence"]["alpha"] == 0
+
+
+def test_an_interrupted_run_resumes_exactly(workspace):
+    """After four of the five batches of the first epoch."""
+    override = f"{STEPS},,config.runner.max_keep=9,,config.downstream_expert.datarc.batch_size=3"
+    essence("whole", "--steps", "8", override=override)
+    part = workspace / "result/downstream/part"
+    part.mkdir()
+    shutil.copy("result/downstream/whole/states-4.ckpt", part)
+    essence("part", "-a", "--steps", "8", override=override)
+    whole, resumed = states("whole", 8), states("part", 8)
+    assert whole["Epoch"] == 1
+    for saved in (whole, resumed):
+        del saved["Args"]
+    assert not unequal(dict(flat_values(whole)), dict(flat_values(resumed)))
 
 
 def test_help_has_an_example(capsys):

@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -285,8 +285,15 @@ def in_noisy_folder(request: DownstreamRequest) -> DownstreamRequest:
     return replace(request, override=f"{request.override},,{text}" if request.override else text)
 
 
-def run(script: ModuleType, request: DownstreamRequest) -> None:
-    """Call s3prl's script for a checked request."""
+def run(
+    script: ModuleType, request: DownstreamRequest, wrap: Callable[[Any], Any] | None = None
+) -> None:
+    """Call s3prl's script for a checked request.
+
+    Args:
+        script: the module ``run_downstream``.
+        wrap: returns what makes the runner, ``(args, config) -> runner``, for the Runner class.
+    """
     from s3prl import hub
 
     from .resume import resumable_runner
@@ -296,6 +303,7 @@ def run(script: ModuleType, request: DownstreamRequest) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(downstream_guards(request))
         runner = resumable_runner(task_runner(script.Runner))
+        runner = wrap(runner) if wrap else runner
         stack.enter_context(replaced(script, "Runner", runner))
         if request.cache is not None:
             from .feature_cache import cached_features

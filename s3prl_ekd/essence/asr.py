@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..compat.replaced import replaced
-from ..downstream.run import check_upstream_paths, downstream_guards
+from ..downstream.run import check_upstream_paths, run
 from ..errors import CheckpointError, TeacherError, first_line
 from ..files.config import to_plain_data
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
@@ -291,16 +290,16 @@ def distil_asr(
         ensemble: built before the script sets its seeds, so that a run with ``alpha`` 1
             draws the same random numbers as a run of s3prl alone.
         settings: saved under ``essence`` in the checkpoint's ``Config``.
-
     """
-    make_runner = script.Runner
 
-    def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
-        config["essence"] = to_plain_data(settings)
-        runner = make_runner(args, config)
-        train_split = config["runner"].get("train_dataloader", "train")
-        MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
-        return runner
+    def with_teachers(make_runner: Any) -> Any:
+        def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
+            config["essence"] = to_plain_data(settings)
+            runner = make_runner(args, config)
+            train_split = config["runner"].get("train_dataloader", "train")
+            MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
+            return runner
 
-    with downstream_guards(request), replaced(script, "Runner", make_runner_with_teachers):
-        script.main()
+        return make_runner_with_teachers
+
+    run(script, request, with_teachers)
