@@ -149,7 +149,7 @@ def test_the_term_and_its_gradients_equal_plain_loops(case, spans):
     expected, pairs = slow_relation(
         [copies[i] for i in STUDENT_LAYERS],
         comparison.raw_teachers,
-        comparison.shares,
+        comparison.teacher_weights,
         counted_frames(comparison.mask),
         settings["window"],
         settings.get("similarity") == "centred",

@@ -40,7 +40,7 @@ def test_targets_equal_s3prls_hidden_states(cached_targets, teachers, corpus, dt
     """Up to the rounding of the dtype, and with that rounding."""
     reader, names = TargetReader(cached_targets / dtype), [f"u{i}.flac" for i in (0, 5, 11)]
     cached = reader.batch(names).on("cpu")
-    targets, frames = cached.values, cached.lengths
+    targets, frames = cached.values, cached.frames
     assert list(targets) == ["hubert", "robust", "wavlm"]
     for name, expert in experts(teachers).items():
         for i, file in enumerate(names):
@@ -73,7 +73,7 @@ def test_an_excerpt_is_the_same_in_every_epoch_and_for_every_seed(cache_folder, 
     assert torch.equal(first.waves, without[0, 1].waves)
     assert not torch.equal(first.waves, without[8, 1].waves)
     cached = first.targets.on("cpu")
-    targets, frames = cached.values, cached.lengths
+    targets, frames = cached.values, cached.frames
     for name, expert in experts(teachers).items():
         for i, wave in enumerate(first.waves):
             expected = hidden_states(expert, wave[: first.lengths[i]].numpy())
@@ -151,7 +151,7 @@ def test_padding_frames_do_not_count(cache_folder, cached_targets):
         out = expert.distiller.student(batch.waves, batch.lengths)
         predictions = expert.distiller.heads(out)
     cached = batch.targets.on("cpu")
-    targets, frames = cached.values, cached.lengths
+    targets, frames = cached.values, cached.frames
     expected = 0.0
     for name, prediction in predictions.items():
         l1, cosine, count = 0.0, 0.0, 0

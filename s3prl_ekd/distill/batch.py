@@ -13,12 +13,12 @@ class CachedTargets:
     """Precomputed teacher targets of a batch; if given, no teacher is run.
 
     ``values``: ``{teacher: [batch, target, frame, dim]}``, or with ``aggregated``
-    ``{target set: [batch, layer, frame, width]}``. ``lengths``: ``[batch]``, valid frames, on the
-    CPU.
+    ``{target set: [batch, layer, frame, width]}``. ``frames``: ``[batch]``, how many of them are
+    valid, on the CPU.
     """
 
     values: Mapping[str, Tensor]
-    lengths: Tensor
+    frames: Tensor
     aggregated: bool = False
 
 

@@ -186,23 +186,26 @@ class EnsembleDistiller(nn.Module):
         raw_teachers = teachers
         if self.target_norm is not None:
             teachers = self.target_norm(teachers, valid)
-        shares = weights_at(self.settings.teachers, step, self.settings.targets.weight_steps)
-        targets = cached or self.aggregate(teachers, shares)  # keys and shapes of the predictions
-        counts = counts or self.count(batch.lengths, batch.spans, cached_lengths(batch))
-        comparison = Comparison(
-            predictions,
-            targets,
-            mask,
-            valid,
-            teachers,
-            raw_teachers,
-            shares,
-            states,
-            student,
-            step,
-            counts,
+        teacher_weights = weights_at(
+            self.settings.teachers, step, self.settings.targets.weight_steps
         )
-        weights = self.loss_weights(comparison, shares)  # of frames, target sets, dimensions
+        # keys and shapes of the predictions
+        targets = cached or self.aggregate(teachers, teacher_weights)
+        counts = counts or self.count(batch.lengths, batch.spans, cached_frames(batch))
+        comparison = Comparison(
+            predictions=predictions,
+            targets=targets,
+            mask=mask,
+            valid=valid,
+            teachers=teachers,
+            raw_teachers=raw_teachers,
+            teacher_weights=teacher_weights,
+            states=states,
+            student=student,
+            step=step,
+            counts=counts,
+        )
+        weights = self.loss_weights(comparison)  # of frames, target sets, dimensions
         loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
         # not 0 * loss, which is NaN for a loss that is not finite
         loss = self.settings.loss.weight * loss if self.settings.loss.weight else loss.new_zeros(())
@@ -241,10 +244,10 @@ class EnsembleDistiller(nn.Module):
             embedding = cast("MaskEmbedding", self.trainable["mask_embedding"])
             masked = batch.spans, embedding.vector
         output: StudentOutput = self.student(batch.waves, batch.lengths, masked, features)
-        frames = torch.arange(output.mask.shape[1], device=output.mask.device)
-        counts = self.frames(batch.lengths, cached_lengths(batch))
-        counts = counts.to(frames.device, non_blocking=True)
-        return output._replace(mask=output.mask * (frames < counts[:, None]))
+        index = torch.arange(output.mask.shape[1], device=output.mask.device)
+        frames = self.frames(batch.lengths, cached_frames(batch))
+        frames = frames.to(index.device, non_blocking=True)
+        return output._replace(mask=output.mask * (index < frames[:, None]))
 
     def frames(self, lengths: Tensor, cached: Tensor | None) -> Tensor:
         """Frames that student and teachers have of each utterance, ``[batch]``, on the CPU.
@@ -253,12 +256,12 @@ class EnsembleDistiller(nn.Module):
             lengths: samples, ``[batch]``, on the CPU.
             cached: frames of cached targets, ``[batch]``; None: the teachers run.
         """
-        counts = [self.student.settings.frames(lengths)]
+        frames = [self.student.settings.frames(lengths)]
         if cached is None:
-            counts += [teacher.frames(lengths) for teacher in self.teachers.values()]
+            frames += [teacher.frames(lengths) for teacher in self.teachers.values()]
         else:
-            counts.append(cached.to(lengths))
-        return torch.stack(counts).amin(0).clamp(min=0)
+            frames.append(cached.to(lengths))
+        return torch.stack(frames).amin(0).clamp(min=0)
 
     def count(
         self, lengths: Tensor, spans: Tensor | None, cached: Tensor | None
@@ -280,12 +283,12 @@ class EnsembleDistiller(nn.Module):
         loss, relation = self.settings.loss, self.settings.relation
         return count_frames(valid, spans, relation.window, loss.mask_padding)
 
-    def loss_weights(self, comparison: Comparison, shares: Mapping[str, float]) -> LossWeights:
-        """Weights of frames, target sets and dimensions; ``shares``: weights of the teachers."""
+    def loss_weights(self, comparison: Comparison) -> LossWeights:
+        """Weights of frames, target sets and dimensions."""
         weights = LossWeights(
             frames=dict.fromkeys(comparison.targets, self._frame_weights(comparison)),
-            sets=self.aggregate.set_weights(shares),
-            dims=self.aggregate.dim_weights(shares),
+            sets=self.aggregate.set_weights(comparison.teacher_weights),
+            dims=self.aggregate.dim_weights(comparison.teacher_weights),
             frame_count=comparison.counts and comparison.counts.distilled,
         )
         for weighting in self.weightings:  # teacher dropping, agreement of the teachers
@@ -327,9 +330,9 @@ class EnsembleDistiller(nn.Module):
         return 1 - inside  # 1 for padding, too
 
 
-def cached_lengths(batch: DistillBatch) -> Tensor | None:
+def cached_frames(batch: DistillBatch) -> Tensor | None:
     """Frames of a batch's cached targets, ``[batch]``; None without a cache."""
-    return None if batch.cached_targets is None else batch.cached_targets.lengths
+    return None if batch.cached_targets is None else batch.cached_targets.frames
 
 
 def crop(

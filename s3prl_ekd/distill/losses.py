@@ -43,10 +43,10 @@ class Comparison:
     ``[batch, frame]``, 1 where a frame is valid; ``mask``: the same, but 0 in masked spans.
     ``teachers``: the targets before aggregation, ``{teacher: [batch, layer, frame, dim]}``; empty
     if the cached targets are aggregated; ``raw_teachers``: the same before ``target_norm``.
-    ``shares``: ``{teacher: weight}``. ``states``: ``{teacher: hidden states by layer}``, neither
-    normalised nor cropped. ``student``: the student's output, not cropped. ``step``: number of the
-    step from 1. ``counts``: denominators of the terms; None: each term is the mean over the batch,
-    as with ``loss.reduce: batches``.
+    ``teacher_weights``: ``{teacher: weight}``. ``states``: ``{teacher: hidden states by layer}``,
+    neither normalised nor cropped. ``student``: the student's output, not cropped. ``step``: number
+    of the step from 1. ``counts``: denominators of the terms; None: each term is the mean over the
+    batch, as with ``loss.reduce: batches``.
     """
 
     predictions: Targets
@@ -55,7 +55,7 @@ class Comparison:
     valid: Tensor
     teachers: Targets
     raw_teachers: Targets
-    shares: Mapping[str, float]
+    teacher_weights: Mapping[str, float]
     states: Mapping[str, HiddenStates]
     student: StudentOutput
     step: int = 1
@@ -172,8 +172,8 @@ def distillation_loss(
         ``cosine`` and ``loss/SET``.
     """
     logs: Logs = {}
-    shares = weights.sets or dict.fromkeys(targets, 1.0)
-    total = sum(shares[name] for name in targets) or 1.0
+    set_weights = weights.sets or dict.fromkeys(targets, 1.0)
+    total = sum(set_weights[name] for name in targets) or 1.0
     reconstruction = cosine = torch.zeros(())
     for name, target in targets.items():
         mask, dims = weights.frames[name], weights.dims.get(name)
@@ -182,9 +182,9 @@ def distillation_loss(
         )
         set_reconstruction, set_cosine = (term.mean() for term in by_layer)
         logs[f"loss/{name}"] = (set_reconstruction + settings.cosine_weight * set_cosine).detach()
-        share = shares[name] / total
-        reconstruction = reconstruction + share * set_reconstruction
-        cosine = cosine + share * set_cosine
+        weight = set_weights[name] / total
+        reconstruction = reconstruction + weight * set_reconstruction
+        cosine = cosine + weight * set_cosine
     logs |= {settings.reconstruction: reconstruction.detach(), "cosine": cosine.detach()}
     return reconstruction + settings.cosine_weight * cosine, logs
 

@@ -78,10 +78,10 @@ class RelationLoss(nn.Module):
         student = torch.stack([comparison.student.hidden_states[i] for i in self.layers], dim=1)
         with torch.autocast(mask.device.type, enabled=False):  # Gram matrices in float32
             target: list[Tensor] = []
-            total = sum(comparison.shares[name] for name in comparison.raw_teachers)
+            total = sum(comparison.teacher_weights[name] for name in comparison.raw_teachers)
             for name, states in comparison.raw_teachers.items():
-                share = comparison.shares[name] / total
-                grams = [share * gram for gram in self.grams(states, mask)]
+                weight = comparison.teacher_weights[name] / total
+                grams = [weight * gram for gram in self.grams(states, mask)]
                 target = [a + b for a, b in zip(target, grams, strict=True)] if target else grams
             predicted = self.grams(student[:, :, : mask.shape[1]], mask)
             window = split_windows(mask[..., None].float(), self.settings.window)

@@ -59,8 +59,8 @@ class UnitLoss(nn.Module):
         units: UnitLabels,
         head: nn.Linear,
         settings: UnitLossSettings,
-        masked: bool = False,
-        name: str = "unit",
+        masked: bool,
+        name: str,
     ):
         super().__init__()
         self.units, self.head, self.settings = units, head, settings
@@ -75,14 +75,11 @@ class UnitLoss(nn.Module):
         errors = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         correct = (logits.detach().argmax(-1) == labels).float()  # [batch, frame]
         counts, outside = comparison.counts, comparison.mask
-        if not self.masked:
-            count = counts.valid if counts else comparison.valid.sum()
-            loss = mean(errors, comparison.valid, count)
-            accuracy = mean(correct, comparison.valid, count)
-            logs = {f"{self.name}_loss": loss.detach(), f"{self.name}_accuracy": accuracy}
-            return self.settings.weight * loss, logs
-        inside = comparison.valid - outside  # 1 in masked spans
-        count = counts.masked if counts else inside.sum()
+        # 1 in masked spans, or in all valid frames if none are masked
+        inside = comparison.valid - outside if self.masked else comparison.valid
+        count: Tensor | float = inside.sum()
+        if counts:
+            count = counts.masked if self.masked else counts.valid
         loss, accuracy = mean(errors, inside, count), mean(correct, inside, count)
         logs = {f"{self.name}_loss": loss.detach(), f"{self.name}_accuracy": accuracy}
         total = self.settings.weight * loss

@@ -47,7 +47,7 @@ class TeacherDropping(nn.Module):
         mask = comparison.mask
         losses = {}  # teacher -> [batch]; one of weight 0 must not be the one that is kept
         for name in comparison.teachers:
-            if comparison.shares[name] == 0:
+            if comparison.teacher_weights[name] == 0:
                 continue
             reconstruction, cosine = frame_terms(
                 comparison.predictions[name].detach(), comparison.targets[name], self.settings

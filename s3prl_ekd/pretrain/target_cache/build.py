@@ -261,7 +261,6 @@ class CachedWaves:
 
     def __init__(self, config: str | Path, seed: int = 1337, min_samples: int = 400):
         expert = load_runner_config(config).pretrain_expert
-        assert expert is not None  # checked by load_runner_config
         rows = cached_rows(expert.datarc, min_samples)
         self._dataset = _single_utterances(expert.datarc, rows, min_samples, seed)
 
@@ -337,7 +336,7 @@ def relative_differences(
         for name, target in computed.items():
             stored = cached.values[name]
             count = min(target.shape[2], stored.shape[2])
-            mask = torch.arange(count, device=stored.device) < cached.lengths[:, None]
+            mask = torch.arange(count, device=stored.device) < cached.frames[:, None]
             target, stored = (x[:, :, :count].transpose(1, 2)[mask] for x in (target, stored))
             difference = (target - stored).abs()  # [valid frame, target, dim]
             total, worst, magnitude, values = totals.get(name, (0.0, 0.0, 0.0, 0))
