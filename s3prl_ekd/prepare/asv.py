@@ -317,11 +317,8 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> None:
     ids += [f"{TEST}/{name}" for name in tests]
     rows = [(name.split("/")[2], "train" if name.startswith(TRAIN) else "test") for name in ids]
     check_speakers(rows, str(args.root))
-    lengths = audio_lengths(args.root, ids, args.jobs)
-    for name, length in zip(ids, lengths, strict=True):
-        if isinstance(length, DataError):
-            listed = f"{args.trials}: " if name.startswith(TEST) else ""
-            raise DataError(f"{listed}{length}")
+    locations = [str(args.trials) if name.startswith(TEST) else "" for name in ids]
+    lengths = audio_lengths(args.root, ids, args.jobs, locations)
     trimmed = measure_trimmed([args.root / name for name in ids], args.jobs)
     for name, length in zip(ids, trimmed, strict=True):
         if name.startswith(TEST):

@@ -195,11 +195,28 @@ def write_audio(part: AudioPart, target: Path) -> None:
     soundfile.write(target, wave, SAMPLE_RATE, subtype="PCM_16")
 
 
-def audio_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | DataError]:
+def audio_lengths(
+    root: Path, paths: Sequence[str], jobs: int, locations: Sequence[str] = ()
+) -> list[int]:
     """Read the lengths in samples of files, with a progress bar.
 
-    A file that cannot be used, or is not 16 kHz mono, has an error instead.
+    Args:
+        locations: where each file is listed, for messages; "": the file alone says enough.
+
+    Raises:
+        DataError: a file cannot be used, or is not 16 kHz mono.
     """
+    lengths = []
+    for i, length in enumerate(checked_lengths(root, paths, jobs)):
+        if isinstance(length, DataError):
+            location = locations[i] if locations else ""
+            raise DataError(f"{location}: {length}") if location else length
+        lengths.append(length)
+    return lengths
+
+
+def checked_lengths(root: Path, paths: Sequence[str], jobs: int) -> list[int | DataError]:
+    """The same as :func:`audio_lengths`, with errors in place of lengths."""
     parts = [AudioPart(path) for path in paths]
     checked = zip(paths, measure_audio(root, parts, jobs=jobs, bar=True), strict=True)
     return [_check_16k_mono(path, audio) for path, audio in checked]

@@ -72,7 +72,7 @@ differ from ours; the test sets are the same.
 
 
 @dataclass(frozen=True)
-class LabelledUtterance:
+class EmotionUtterance:
     """An utterance and its emotion label."""
 
     path: str  # below the corpus, separated by /
@@ -108,14 +108,14 @@ def natural_sort_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
-def parts_of(items: Iterable[LabelledUtterance]) -> list[str]:
+def parts_of(items: Iterable[EmotionUtterance]) -> list[str]:
     """The parts of the corpus in natural order."""
     return sorted({item.part for item in items}, key=natural_sort_key)
 
 
 def check_classes(
     source: str | Path,
-    items: Sequence[LabelledUtterance],
+    items: Sequence[EmotionUtterance],
     tested: Sequence[str],
     labels: Sequence[str],
 ) -> None:
@@ -132,7 +132,7 @@ def check_classes(
 def write_folds(
     args: argparse.Namespace,
     root: Path,
-    items: Sequence[LabelledUtterance],
+    items: Sequence[EmotionUtterance],
     tested: Sequence[str],
     labels: Sequence[str],
 ) -> None:
@@ -178,7 +178,7 @@ def write_folds(
     print(f"               meta_data: {args.out / META}")
 
 
-def _write_files(folder: Path, items: Sequence[LabelledUtterance]) -> list[LabelledUtterance]:
+def _write_files(folder: Path, items: Sequence[EmotionUtterance]) -> list[EmotionUtterance]:
     """Link or write a file for each utterance, numbered in their order."""
     folder.mkdir()
     result = []
@@ -190,10 +190,10 @@ def _write_files(folder: Path, items: Sequence[LabelledUtterance]) -> list[Label
     return result
 
 
-def read_iemocap(root: Path) -> list[LabelledUtterance]:
+def read_iemocap(root: Path) -> list[EmotionUtterance]:
     """Read the utterances of the four classes, ordered by session, dialog and line."""
     check_iemocap(root)
-    items: list[LabelledUtterance] = []
+    items: list[EmotionUtterance] = []
     for session in SESSIONS:
         start, folder = len(items), root / session / "dialog" / "EmoEvaluation"
         for file in sorted(folder.glob("*.txt")):
@@ -211,7 +211,7 @@ def read_iemocap(root: Path) -> list[LabelledUtterance]:
     return items
 
 
-def _read_labels(file: Path, session: str) -> Iterator[LabelledUtterance]:
+def _read_labels(file: Path, session: str) -> Iterator[EmotionUtterance]:
     """Read the utterances of a dialog; skip those of other classes."""
     for number, line in enumerate(read_text(file, "label file", DataError).splitlines(), start=1):
         if not line.startswith("["):
@@ -224,7 +224,7 @@ def _read_labels(file: Path, session: str) -> Iterator[LabelledUtterance]:
         name, label = cells[1], MERGED_LABELS.get(cells[2], cells[2])
         if label in LABELS:
             path = f"{session}/sentences/wav/{name.rpartition('_')[0]}/{name}.wav"
-            yield LabelledUtterance(path, label, name.split("_")[0], session)
+            yield EmotionUtterance(path, label, name.split("_")[0], session)
 
 
 def check_iemocap(root: Path) -> None:
@@ -274,7 +274,7 @@ def _prepare_er(args: argparse.Namespace) -> None:
         if not part:
             raise DataError(f"{entry.location} has no {column}")
         label, speaker = entry.cells[args.label_column], entry.cells.get("speaker", "")
-        items.append(LabelledUtterance(entry.path, label, speaker, part))
+        items.append(EmotionUtterance(entry.path, label, speaker, part))
     parts = parts_of(items)
     if args.fold_column and len(parts) < 2:
         raise DataError(f"{source}: the column {column} needs 2 values or more")
@@ -295,9 +295,7 @@ def _prepare_er(args: argparse.Namespace) -> None:
 def _prepare_iemocap(args: argparse.Namespace) -> None:
     items = read_iemocap(args.root)
     check_classes(args.root, items, parts_of(items), LABELS)
-    for length in audio_lengths(args.root, [item.path for item in items], args.jobs):
-        if isinstance(length, DataError):
-            raise length
+    audio_lengths(args.root, [item.path for item in items], args.jobs)
     write_folds(args, args.root, items, parts_of(items), LABELS)
     if Counter(item.part for item in items) != FULL_COUNTS:
         print(

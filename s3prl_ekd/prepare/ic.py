@@ -163,10 +163,9 @@ def _prepare_fluent_commands(args: argparse.Namespace) -> None:
     lines = read_tables(args.root, DataError)
     paths = [row["path"] for _, _, row in lines]
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    measured = audio_lengths(args.root, paths, args.jobs)
-    for (location, split, _), length in zip(lines, measured, strict=True):
-        if isinstance(length, DataError):
-            raise DataError(f"{location}: {length}")
+    locations = [location for location, _, _ in lines]
+    measured = audio_lengths(args.root, paths, args.jobs, locations)
+    for (_, split, _), length in zip(lines, measured, strict=True):
         lengths[split].append(length)
     prepared = ["split\tpath", *(f"{split}\t{row['path']}" for _, split, row in lines)]
     with new_folder(args.out, replace=args.replace) as folder:

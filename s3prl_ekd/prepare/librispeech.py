@@ -21,7 +21,7 @@ from .asr import TABLES
 from .common import (
     PREPARED,
     PrepareTask,
-    audio_lengths,
+    checked_lengths,
     link,
     new_folder,
     print_splits,
@@ -101,7 +101,7 @@ def measure_splits(root: Path, splits: Sequence[str], jobs: int) -> dict[str, li
     paths = [f"{split}/{name}" for split in splits for name in find_audio(root / split)]
     rows: dict[str, list[Utterance]] = {split: [] for split in splits}
     bad = []
-    for path, length in zip(paths, audio_lengths(root, paths, jobs), strict=True):
+    for path, length in zip(paths, checked_lengths(root, paths, jobs), strict=True):
         if isinstance(length, DataError):
             bad.append(str(length))
         else:

@@ -262,11 +262,8 @@ def _prepare_snips(args: argparse.Namespace) -> None:
         found = find_utterances(args.root, [folder], SPEAKERS[split], texts)
         check_texts(args.root, found, slots)
         names = [file.relative_to(args.root).as_posix() for file in found.files]
-        lengths[split] = []
-        for name, length in zip(names, audio_lengths(args.root, names, args.jobs), strict=True):
-            if isinstance(length, DataError):
-                raise length
-            lengths[split].append(length)
+        lengths[split] = audio_lengths(args.root, names, args.jobs)
+        for name, length in zip(names, lengths[split], strict=True):
             prepared.append(f"{Path(name).stem}\t{split}\t{length}")
         notes["audio files without a text"] += found.without_text
         notes.update(_peculiarities(found.texts))

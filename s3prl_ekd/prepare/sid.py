@@ -240,12 +240,8 @@ def _prepare_voxceleb1(args: argparse.Namespace) -> None:
             f"{args.root} lacks {len(missing)} of the {len(lines)} files of {args.split_file}: "
             f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)}; full list: {missing_list}"
         )
-    samples = []
-    lengths = audio_lengths(args.root, [entry.path for entry in entries], args.jobs)
-    for entry, length in zip(entries, lengths, strict=True):
-        if isinstance(length, DataError):
-            raise DataError(f"{entry.location}: {length}") from length
-        samples.append(length)
+    paths, locations = [e.path for e in entries], [e.location for e in entries]
+    samples = audio_lengths(args.root, paths, args.jobs, locations)
     with new_folder(args.out, replace=args.replace) as folder:
         link_folder(args.root, folder / AUDIO)
         write_lines(folder / SPLIT_FILE, [_split_line(line.split, line.path) for line in lines])
