@@ -358,6 +358,8 @@ class DistillSettings:
         self._check_student()
         self._check_heads()
         self._check_weights()
+        self._check_layer_counts()
+        self._check_terms()
         self._check_targets()
         self._check_backends()
 
@@ -489,8 +491,8 @@ class DistillSettings:
                 "teachers: all weights are 0 at the first or the last step; set one above 0"
             )
 
-    def _check_targets(self) -> None:
-        aggregated = self.aggregation != "separate" or self.targets.across_teachers
+    def _check_layer_counts(self) -> None:
+        """Check that teachers and student have as many layers as what compares them needs."""
         counts = {name: len(teacher.targets) for name, teacher in self.teachers.items()}
         layerwise = [
             setting
@@ -517,8 +519,9 @@ class DistillSettings:
                 "relation.student_layers must name a layer of the student for each target of a "
                 f"teacher, got {len(chosen)} for {max(counts.values())}"
             )
-        if self.target_norm == "procrustes" and len(self.teachers) < 2:
-            raise ValueError("target_norm: procrustes rotates teachers onto the first; add another")
+
+    def _check_terms(self) -> None:
+        """Check that the terms of the loss leave something to learn, and fit the student."""
         terms = any(unit.weight or unit.unmasked_weight for unit in self.unit_loss)
         if not (self.loss.weight or self.relation.weight or terms):
             raise ValueError(
@@ -536,6 +539,10 @@ class DistillSettings:
         for i, unit_loss in enumerate(self.unit_loss):
             if unit_loss.unmasked_weight and self.student.mask is None:
                 raise ValueError(f"unit_loss[{i}].unmasked_weight needs student.mask")
+
+    def _check_targets(self) -> None:
+        if self.target_norm == "procrustes" and len(self.teachers) < 2:
+            raise ValueError("target_norm: procrustes rotates teachers onto the first; add another")
         if self.targets.across_teachers and (
             self.aggregation != "separate" or any(t.groups is None for t in self.teachers.values())
         ):
@@ -546,6 +553,7 @@ class DistillSettings:
         if (self.heads.residual or self.loss.agreement < 1) and len(self.teachers) < 2:
             setting = "heads.residual" if self.heads.residual else "loss.agreement"
             raise ValueError(f"{setting} compares teachers and needs at least two")
+        aggregated = self.aggregation != "separate" or self.targets.across_teachers
         if self.targets.drop_teachers and aggregated and not self.heads.per_teacher:
             raise ValueError(
                 "targets.drop_teachers needs heads for each teacher: use aggregation: separate, or "
