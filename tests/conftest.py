@@ -282,7 +282,8 @@ def finished_pretraining(tmp_path_factory, teachers, corpus) -> Path:
     command("init", ".", cwd=folder)
     write_configs(folder, teachers, corpus)
     argv = ("-u", "ekd", "-n", "x", "-c", "runner.yaml", "-g", "model.yaml")
-    run = command("run_pretrain.py", *argv, "-o", "config.runner.log_step=1", cwd=folder)
+    more = ("-o", "config.runner.log_step=1", "--device", "cpu")
+    run = command("run_pretrain.py", *argv, *more, cwd=folder)
     (folder / "log.txt").write_text(run.stdout + run.stderr)
     return folder
 

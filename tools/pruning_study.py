@@ -225,11 +225,10 @@ def main() -> int:
             from s3prl_ekd.teachers import load_upstream
 
             upstream = load_upstream("tiny_hubert", "tiny_hubert").eval()
-            count = {"parameters": COPY}
             result = {
                 "kind": "tiny_hubert",
                 "sparsity": 0.0,
-                **count,
+                "parameters": COPY,
                 **probe(study.corpus, upstream),
             }
             path.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -49,11 +49,6 @@ class Estimate:
     by_seed: tuple[float, ...]
     over_seeds: bool
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval of a difference excludes 0; False for one seed."""
-        return self.over_seeds and (self.low > 0 or self.high < 0)
-
 
 def bootstrap(cell: Cell, resamples: int = RESAMPLES) -> BootstrapRates:
     """Compute a cell's rates on all utterances and on each resample.

@@ -104,14 +104,13 @@ def machine() -> str:
 
 
 def probe_states(
-    folder: Any, states_of: Callable[[Any], Sequence[Any]], bar: str = ""
+    folder: Any, states_of: Callable[[Any], Sequence[Any]]
 ) -> dict[tuple[str, str], Counts]:
     """Probe hidden states on phones, speakers and emotions, clean and under noise in a room.
 
     Args:
         folder: the :class:`folder.StudyFolder`.
         states_of: waveform ``[sample]`` -> ``[frame, dim]`` of each layer.
-        bar: name of the progress bars; "": none.
     """
     from s3prl_ekd.downstream.noise import find_noises
     from s3prl_ekd.probe.conditions import NoisyCondition
@@ -125,5 +124,5 @@ def probe_states(
         utterances = read_labels(folder.label_path(name))
         tasks += [task for task in choose_tasks(utterances) if task.label == name]
         speakers |= {utterance.name: utterance.speaker for utterance in utterances}
-    scores = probe(states_of, tasks, noisy, bar=bar)
+    scores = probe(states_of, tasks, noisy)
     return {(s.score, s.condition): by_speaker(s, speakers.__getitem__) for s in scores}
