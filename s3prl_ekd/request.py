@@ -23,13 +23,14 @@ from typing import Any, ClassVar, TypeVar
 from .compat import no_eval
 from .compat.replaced import replaced
 from .compat.source import script_options
-from .errors import CheckpointError, SetupError, first_line
+from .errors import CheckpointError, SetupError
 from .files import trust
 from .files.atomic import make_folder, patch_torch_save
 from .files.config import argument_overrides, escape_equals
 from .files.renamed_keys import rename_overrides
 from .files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
 from .system import torchrun
+from .system.devices import choose_device
 from .system.lock import LOCK_FILE, FolderLock
 from .system.seeds import seed_number
 
@@ -423,15 +424,9 @@ def check_seed(request: Request, states: Mapping[str, Any]) -> None:
 
 
 def check_device(request: Request, states: Mapping[str, Any]) -> None:
-    """Raise SetupError unless torch can allocate a tensor on the device of ``--device``."""
-    if request.device is None:
-        return
-    import torch
-
-    try:
-        torch.empty(1, device=request.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SetupError(f"cannot use --device {request.device}: {first_line(error)}") from None
+    """Raise ConfigError unless torch can allocate a tensor on the device of ``--device``."""
+    if request.device is not None:
+        choose_device(request.device)
 
 
 def check_run_folder(request: Request, states: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ import yaml
 
 from .errors import ConfigError, DataError, SetupError
 from .files.atomic import atomic_file, explain_write_errors
+from .files.config import value_at
 from .files.text import parse_yaml
 
 # s3prl imports this module as pretrain.ekd.pretrain_expert. The hook is for runs that s3prl's own
@@ -379,8 +380,7 @@ def report_differences(root: Path, paths: Sequence[CorpusPath]) -> list[str]:
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             lines.append(f"cannot read {file} ({error}); it should have {key}: {value}")
             continue
-        for part in key.split("."):
-            current = current.get(part) if isinstance(current, dict) else None
+        current = value_at(current, key)
         if current != value:
             lines.append(f"{file} was kept and has {key}: {current}; {_remedy(key, value)}")
     return lines

@@ -21,7 +21,7 @@ import yaml
 from s3prl_ekd import cli, compat
 from s3prl_ekd.compat.no_eval import check_splits
 from s3prl_ekd.downstream import speaker_verification
-from s3prl_ekd.downstream.metrics.eer import EqualErrorRate, read_trials
+from s3prl_ekd.downstream.metrics.eer import EqualErrorRate, read_scored_trials
 from s3prl_ekd.downstream.tasks import TASKS
 from s3prl_ekd.downstream.tasks.corpus_check import check_corpus
 from s3prl_ekd.errors import CheckpointError, ConfigError, DataError
@@ -453,7 +453,7 @@ def test_the_eer_by_hand(labels, scores, eer, tmp_path):
     predict, truth = tmp_path / "test_predict.txt", tmp_path / "test_truth.txt"
     predict.write_text("".join(f"{n} {s}\n" for n, s in zip(names, scores, strict=True)))
     truth.write_text("".join(f"{n} {s}\n" for n, s in zip(names, labels, strict=True)))
-    sample = read_trials(predict, truth)
+    sample = read_scored_trials(predict, truth)
     assert sample.value == pytest.approx(eer) and sample.names == ("id0", "id1")
 
 
@@ -478,14 +478,14 @@ def test_predictions_that_have_no_eer(tmp_path):
         predict.write_text(predicted)
         truth.write_text(labels)
         with pytest.raises(DataError, match=part):
-            read_trials(predict, truth)
+            read_scored_trials(predict, truth)
 
 
 def test_a_trial_that_is_listed_twice_counts_twice(tmp_path):
     predict, truth = tmp_path / "test_predict.txt", tmp_path / "test_truth.txt"
     predict.write_text("a 3\nb 2\nb 2\nc 1\n")
     truth.write_text("a 1\nb 0\nb 0\nc 1\n")
-    assert len(read_trials(predict, truth).scores) == 4
+    assert len(read_scored_trials(predict, truth).scores) == 4
 
 
 # --- runs

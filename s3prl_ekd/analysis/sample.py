@@ -29,11 +29,10 @@ def load_upstreams(
     settings: Mapping[str, TeacherSettings], device: str | None
 ) -> dict[str, nn.Module]:
     """Load the upstreams of a config, frozen, on ``device`` (default: cuda if available)."""
-    from ..teachers import check_source, load_upstream
+    from ..teachers import check_teacher_sources, load_upstream
 
     device = choose_device(device)
-    for name, teacher in settings.items():
-        check_source(teacher.model, f"teachers.{name}.model")
+    check_teacher_sources(settings)
     upstreams = {}
     for name, teacher in settings.items():
         upstream = load_upstream(teacher.model, f"teachers.{name}.model")

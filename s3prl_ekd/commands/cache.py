@@ -66,13 +66,11 @@ def main(args: argparse.Namespace) -> int:
         raise SetupError(f"-o {args.output} is a file; it must be a folder")
 
     from ..pretrain.settings import load_model_config, load_runner_config
-    from ..teachers import check_source
+    from ..teachers import check_teacher_sources
 
     settings = load_model_config(args.upstream_config)
     expert = load_runner_config(args.config).pretrain_expert
-    assert expert is not None  # checked by load_runner_config
-    for name, teacher in settings.teachers.items():
-        check_source(teacher.model, f"teachers.{name}.model")
+    check_teacher_sources(settings.teachers)
 
     from .. import compat
 

@@ -48,7 +48,7 @@ from ..files.atomic import write_text
 from ..files.report_file import check_report, json_begin
 from ..system import s3prl_distribution
 from ..system.tables import text_table
-from ..teachers.names import check_source
+from ..teachers.names import check_teacher_sources
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +130,7 @@ def _teachers(args: argparse.Namespace) -> int:
     from ..pretrain.settings import load_model_config
 
     settings = load_model_config(args.teachers)
-    for name, teacher in settings.teachers.items():
-        check_source(teacher.model, f"teachers.{name}.model")
+    check_teacher_sources(settings.teachers)
     compat.apply()
     from ..analysis.teacher_check import check_teachers, noise, summary
     from ..data.audio import read_audio
@@ -188,7 +187,6 @@ def _throughput(args: argparse.Namespace) -> int:
     data = None
     if args.config is not None or Path(RUNNER).is_file():
         expert = load_runner_config(args.config or RUNNER).pretrain_expert
-        assert expert is not None  # checked by load_runner_config
         if args.config is not None or Path(expert.datarc.libri_root).is_dir():
             data = expert.datarc
     with tempfile.TemporaryDirectory() as folder, explain_worker_errors("then measure again"):

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Choose the runs, check that none is missing, and pack; the exit code is 0."""
     from ..downstream.tasks import DEFAULT_TASKS
     from ..files.atomic import atomic_file, make_folder
-    from ..superb.results import check_upstream_name, read_results, select_best_lr
+    from ..superb.results import check_known_upstream, read_results, select_best_lr
     from ..superb.submission import MEMBERS, choose_runs, write_archive
 
     if args.output.exists() and not args.force:
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     selections = select_best_lr(results.runs, results.unfinished)
     names = tuple(dict.fromkeys(upstream for upstream, _ in selections))
     if args.upstream is not None:
-        check_upstream_name(args.upstream, names)
+        check_known_upstream(args.upstream, names)
         names = (args.upstream,)
     if not names:
         folders = ", ".join(map(str, args.folders))

@@ -35,7 +35,7 @@ from .export import add_checkpoint, check_output, load_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..distill.pruning.cut import Difference
+    from ..distill.pruning.cut import StateDifference
     from ..distill.pruning.sparsity import SparsityTerm
     from ..distill.student_settings import PrunedSettings, Unit
 
@@ -216,7 +216,7 @@ def _conv_table(small: PrunedSettings, full: PrunedSettings) -> list[str]:
 
 
 def _layer_table(
-    small: PrunedSettings, full: PrunedSettings, differences: Sequence[Difference]
+    small: PrunedSettings, full: PrunedSettings, differences: Sequence[StateDifference]
 ) -> list[str]:
     """Kept units of each transformer layer, and the difference of its output."""
     rows = [("layer", "heads", "feed-forward units", "largest difference", "relative RMS")]

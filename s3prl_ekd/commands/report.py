@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     from ..superb.report import make_report
     from ..superb.report_plots import plots
     from ..superb.report_text import MARK, as_csv, as_markdown
-    from ..superb.results import check_upstream_name, read_results, select_best_lr
+    from ..superb.results import check_known_upstream, read_results, select_best_lr
     from ..system.figures import require_matplotlib
 
     if not 100 <= args.resamples <= 1_000_000:
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     _check_free(folder, MARK, args.force)
     if args.against is not None:
         selections = select_best_lr(results.runs, results.unfinished)
-        check_upstream_name(args.against, dict.fromkeys(name for name, _ in selections))
+        check_known_upstream(args.against, dict.fromkeys(name for name, _ in selections))
     report = make_report(results, args.resamples)
     text = as_markdown(report, args.against, published=args.published)
     print(text.split("\n", 1)[1].lstrip())

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from ..files.weights_digest import weights_digest
 from ..hidden_states.feature_store import FeatureStore
 from ..request import CACHE, CacheOptions
 from ..system.devices import module_device
+from ..system.random_states import preserve_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -230,11 +230,8 @@ def _output_digest(upstream: nn.Module, selection: str, device: str) -> str:
     # neither zero mean nor unit variance, so that a normalisation changes the output
     noise = 0.1 * torch.randn(SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) + 0.02
     upstream.eval()  # CachedUpstream rejects a trained upstream
-    numpy_state = np.random.get_state()  # some upstreams draw numbers for a disabled layer drop
-    try:
+    with preserve_random_states():  # some upstreams draw numbers for a disabled layer drop
         layers = [x.double().cpu() for x in _layers(upstream, [noise.to(device)], selection)]
-    finally:
-        np.random.set_state(numpy_state)
     last_layer = layers[-1].flatten()
     mean = float(last_layer.abs().mean())
     sample = last_layer[:: max(1, len(last_layer) // 128)] / (mean or 1.0)

@@ -106,7 +106,7 @@ def source_digests(settings: DistillSettings) -> dict[str, str]:
     return {key: file_sha256(path) for key, path in files.items() if Path(path).is_file()}
 
 
-def check_sources(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
+def check_unchanged(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
     """Raise DataError if teachers or units have changed since the checkpoint was written.
 
     Args:

@@ -151,7 +151,7 @@ class UpstreamPretrainExpert(nn.Module):
             use.check_unit_layers(units, self.settings)
             batches = [batch for loader in self.loaders for batch in loader.dataset.batches]
             rows = [row for batch in batches for row in batch]
-            use.check_teachers(self.targets, teachers, self.settings, self.data, rows)
+            use.check_cache(self.targets, teachers, self.settings, self.data, rows)
         self.distiller = EnsembleDistiller(teachers, student, self.settings, units)
         self._teacher_digests: dict[str, str] = {}
         if not isinstance(self.settings.student, StudentSettings):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 
 from ..data.settings import DataSettings
 from ..errors import CheckpointError
+from ..files.config import value_at
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
-from .config_diff import DATA, check_sources, check_tables, source_digests, table_digests
+from .config_diff import DATA, check_tables, check_unchanged, source_digests, table_digests
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
@@ -44,7 +44,7 @@ def resumed_progress(
     sources = source_digests(upstream.settings)
     if RUN_STATE_KEY in states:
         progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
-        check_sources(progress.sources, sources)
+        check_unchanged(progress.sources, sources)
         check_tables(progress.tables, tables, data.file_path, overridden)
         changed = progress.tables != tables or progress.batches != len(sampler)
         if changed or (SHAR_STREAMS in overridden and _other_streams(states, data.shar_streams)):
@@ -61,10 +61,8 @@ def resumed_progress(
 
 def _other_streams(states: Mapping, streams: int) -> bool:
     """Whether the run of a checkpoint had another number of streams of Shar folders."""
-    config: Any = states.get("Config")
-    for key in SHAR_STREAMS.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return (DataSettings.shar_streams if config is None else config) != streams
+    saved = value_at(states, f"Config.{SHAR_STREAMS}")
+    return (DataSettings.shar_streams if saved is None else saved) != streams
 
 
 def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:

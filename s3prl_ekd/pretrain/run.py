@@ -31,7 +31,7 @@ from ..request import (
     script_guards,
 )
 from ..system import torchrun
-from ..teachers.names import check_source
+from ..teachers.names import check_teacher_sources
 from .config_diff import check_changes, check_config_file, config_differences, describe_changes
 from .settings import (
     ModelFile,
@@ -105,14 +105,12 @@ def check_sources(model: ModelFile, run: RunnerFile) -> None:
 
     The expert checks them again, after torch and s3prl are imported.
     """
-    for name, teacher in model.teachers.items():
-        check_source(teacher.model, f"teachers.{name}.model")
+    check_teacher_sources(model.teachers)
     for unit_loss in model.unit_loss:
         if not Path(unit_loss.file).is_file():
             from ..essence.units import load_units
 
             load_units(unit_loss.file)  # raises CheckpointError
-    assert run.pretrain_expert is not None  # checked by RunnerFile
     data = run.pretrain_expert.datarc
     if not Path(data.libri_root).is_dir():
         raise DataError(f"pretrain_expert.datarc.libri_root: no such folder: {data.libri_root}")

@@ -160,15 +160,13 @@ class RunnerFile:
     """``name``, ``lr`` and the arguments of the optimizer: one of s3prl's, to which they are passed
     unchanged, or ``FusedAdamW`` (ours: torch's fused AdamW with a linear warm-up and decay)."""
 
-    pretrain_expert: ExpertSettings | None = None
+    pretrain_expert: ExpertSettings = field(kw_only=True)
     """Settings of the pretrain expert."""
 
     scheduler: dict[str, Any] | None = None
     """Learning-rate scheduler of s3prl, to which it is passed unchanged; null: none."""
 
     def __post_init__(self):
-        if self.pretrain_expert is None:
-            raise ValueError("the key pretrain_expert is missing")
         if self.runner.eval_step is not None and not self.pretrain_expert.datarc.dev_sets:
             raise ValueError(
                 "runner.eval_step needs pretrain_expert.datarc.dev_sets, the tables to measure the "

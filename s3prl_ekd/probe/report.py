@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..superb.bootstrap import interval, resampled_rates
 from ..superb.report_plots import COLOURS, LINES, add_legend
-from ..system.figures import new_figure
+from ..system.figures import new_figure, png
 from .measure import CLEAN, ProbeScore
 
 RESAMPLES = 2000
@@ -111,6 +110,4 @@ def draw_layers(results: Results) -> bytes:
     for axis in list(axes)[len(heads) :]:
         axis.set_visible(False)
     add_legend(figure, handles)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    return png(figure)

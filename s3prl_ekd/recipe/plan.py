@@ -311,13 +311,11 @@ def _runner_path(model: ModelFile, tiny: bool) -> str:
 
 def _sets(options: RecipeOptions, run: RunnerFile) -> Sequence[str]:
     """Length tables of a distillation; a tiny one has the first part of LibriSpeech."""
-    assert run.pretrain_expert is not None  # checked by RunnerFile
     return ("train-clean-100",) if options.tiny else run.pretrain_expert.datarc.sets
 
 
 def _audio(run: RunnerFile) -> float:
     """Seconds of audio in an update."""
-    assert run.pretrain_expert is not None
     data = run.pretrain_expert.datarc
     if data.max_seconds:
         return data.max_seconds * PRUNING_PROCESSES
@@ -332,7 +330,6 @@ def _changes(options: RecipeOptions, run: RunnerFile) -> dict[str, Any]:
     Raises:
         SetupError: the batch cannot be divided among the GPUs.
     """
-    assert run.pretrain_expert is not None
     data, gpus = run.pretrain_expert.datarc, options.gpus
     datarc = "pretrain_expert.datarc"
     changes: dict[str, Any] = {}

@@ -24,7 +24,7 @@ from ..hidden_states.feature_store import folder_size
 from ..prepare.lexicon import read_lexicon
 from ..system.jobs import Jobs, typed
 from ..system.lock import FolderLock
-from ..teachers.names import check_source
+from ..teachers.names import check_teacher_sources
 from ..workspace import CorpusPaths, report_differences
 from .plan import VOXCELEB1_SPLIT, RecipeOptions, RecipePlan, Stage, Training
 from .projection import project, total_gigabytes
@@ -115,8 +115,7 @@ def check_configs(plan: RecipePlan) -> None:
 def check_teachers(plan: RecipePlan) -> None:
     """Check that every teacher is a known name, a file or a Hugging Face folder."""
     for row, model in plan.models.items():
-        for name, teacher in model.teachers.items():
-            check_source(teacher.model, f"{row}: teachers.{name}.model")
+        check_teacher_sources(model.teachers, f"{row}: ")
 
 
 def check_gpus(plan: RecipePlan) -> None:

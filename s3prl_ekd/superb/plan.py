@@ -19,7 +19,7 @@ from ..compat.no_eval import run_splits
 from ..compat.source import may_be_upstream
 from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
-from ..downstream.tasks.lookup import EXPERT, check_override_keys, setting
+from ..downstream.tasks.lookup import EXPERT, check_override_keys
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import (
@@ -27,6 +27,7 @@ from ..files.config import (
     from_plain_data,
     override_value,
     read_yaml,
+    value_at,
 )
 from ..files.hub import parse_hub_id
 from ..prepare.common import PREPARED
@@ -194,7 +195,7 @@ class Recipe:
             ("metric_higher_better", self.task.dev.higher_is_better),
             ("save_best_on", "dev"),
         ):
-            value = setting(config, f"{EXPERT}.{key}")
+            value = value_at(config, f"{EXPERT}.{key}")
             first = value[0] if isinstance(value, list) and value else value
             if first != expected:
                 begin = " begin with" if key == "metric" else " be"
@@ -467,7 +468,7 @@ def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
         return [None]
     if text in (None, SEARCH):
         key = "optimizer.lr"
-        own: float = _number(f"{recipe.path}: {key}", str(setting(recipe.config, key)), float)
+        own: float = _number(f"{recipe.path}: {key}", str(value_at(recipe.config, key)), float)
         published = task.published_rates if recipe.path == task.full else ()
         return sorted({own / 10, own, 10 * own, *published}) if text else [own]
     rates = [_number("--lr", rate, float) for rate in str(text).split(",")]

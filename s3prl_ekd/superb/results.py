@@ -292,7 +292,7 @@ def read_results(folders: Sequence[Path]) -> Results:
     return Results(runs, unfinished, costs)
 
 
-def check_upstream_name(name: str, names: Collection[str]) -> None:
+def check_known_upstream(name: str, names: Collection[str]) -> None:
     """Raise DataError if ``name`` is not one of the upstreams ``names``."""
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)

@@ -9,7 +9,7 @@ transformer layer and index n the output of layer n.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .names import check_source
+from .names import check_source, check_teacher_sources
 
 if TYPE_CHECKING:
     from .load import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "choose_teacher_precision",
     "check_source",
+    "check_teacher_sources",
     "copied_student",
     "load_teachers",
     "load_tiny",

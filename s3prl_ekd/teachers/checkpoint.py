@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from .. import compat
 from ..compat import no_eval
 from ..distill.conv_layers import parse_conv_layers
 from ..errors import CheckpointError, TeacherError, first_line
+from ..files.config import value_at
 from ..files.safetensors_file import is_safetensors
 from ..files.text import first_keys
 from ..files.torch_load import build_limit, safe_load
@@ -101,8 +101,8 @@ def check_upstream_file(path: Path, upstream: str) -> None:
         load_student(path)
         return
     states = safe_load(path, "upstream checkpoint", allow=compat.checkpoint_globals())
-    for keys in ((), ("cfg",), ("model_cfg",), ("cfg", "model"), ("Config", "distiller")):
-        config = _entry(states, *keys)
+    keys = ("cfg", "model_cfg", "cfg.model", "Config.distiller")
+    for config in (states, *(value_at(states, key) for key in keys)):
         if isinstance(config, dict):
             check_conv_layers(config, "", f" in {path}")
 
@@ -129,7 +129,7 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
     """
     if states.get("format") == FORMAT or isinstance(states.get(RUN_KEY), dict):
         return "ekd_student", {}
-    if "Distiller" in states and isinstance(_entry(states, "Config", "distiller"), dict):
+    if "Distiller" in states and isinstance(value_at(states, "Config.distiller"), dict):
         return "distiller", states["Config"]["distiller"]
     has_weights = isinstance(states.get("model_weight"), dict)
     if _CONVERTED <= states.keys() and isinstance(states["model_cfg"], dict) and has_weights:
@@ -143,7 +143,7 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
     if "model" in states and ("cfg" in states or "args" in states):
         cfg = states.get("cfg")
         if not isinstance(cfg, dict) or "conv_feature_layers" not in cfg:
-            raise _fairseq(path, str(_entry(states, "cfg", "model", "_name") or ""))
+            raise _fairseq(path, str(value_at(states, "cfg.model._name") or ""))
         relative = cfg.get("relative_position_embedding")
         return ("wavlm" if relative else "unispeech_sat"), cfg
     raise CheckpointError(
@@ -151,14 +151,6 @@ def identify(states: Mapping, path: Path) -> tuple[str, Mapping]:
         "UniSpeech-SAT or DistilHuBERT format, or a student file; got the keys "
         f"{first_keys(states)}"
     )
-
-
-def _entry(states: Mapping, *path: str) -> Any:
-    """``states[a][b][c]``, or None if a key is missing or its parent is not a dict."""
-    value: Any = states
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _fairseq(path: Path, name: str = "") -> TeacherError:

@@ -26,7 +26,7 @@ from ..system.precision import choose_precision
 from . import zoo
 from .checkpoint import load_file
 from .fast import encoder as fast
-from .names import STORED, check_source, hub_names, names_by_family
+from .names import STORED, check_source, check_teacher_sources, hub_names, names_by_family
 
 if TYPE_CHECKING:
     from s3prl.upstream.interfaces import UpstreamBase
@@ -151,8 +151,7 @@ def load_teachers(
         ConfigError: ``masked_norm`` with a teacher that has no fast encoder.
         TeacherError, CheckpointError: see :func:`load_upstream` and :class:`Teacher`.
     """
-    for name, teacher in settings.items():
-        check_source(teacher.model, f"teachers.{name}.model")
+    check_teacher_sources(settings)
     teachers = {}
     for name, teacher in settings.items():
         upstream = load_upstream(teacher.model, f"teachers.{name}.model")

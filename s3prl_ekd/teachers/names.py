@@ -33,6 +33,12 @@ def hub_names() -> set[str]:
     return {name for names in names_by_family().values() for name in names}
 
 
+def check_teacher_sources(teachers: Mapping[str, TeacherSettings], prefix: str = "") -> None:
+    """:func:`check_source` for each teacher of a config; ``prefix``: before the YAML path."""
+    for name, teacher in teachers.items():
+        check_source(teacher.model, f"{prefix}teachers.{name}.model")
+
+
 def check_source(model: str, location: str) -> None:
     """Reject a source that cannot be a teacher, before anything is downloaded or built.
 

@@ -24,7 +24,7 @@ from .backbone import PrunedBackbone
 Values = dict[tuple[Unit, int], Tensor]  # kind of unit and layer -> values of its gates
 
 
-class Difference(NamedTuple):
+class StateDifference(NamedTuple):
     """How far one hidden state is from another: the largest absolute difference, and the root mean
     square of the difference relative to that of the state."""
 
@@ -85,7 +85,7 @@ def cut(student: Student, values: Values) -> Student:
 
 
 @torch.no_grad()
-def differences(student: Student, other: Student, waves: Iterable[Tensor]) -> list[Difference]:
+def differences(student: Student, other: Student, waves: Iterable[Tensor]) -> list[StateDifference]:
     """How far the hidden states of two students in eval mode are apart.
 
     Args:
@@ -108,7 +108,7 @@ def differences(student: Student, other: Student, waves: Iterable[Tensor]) -> li
         squares = _add(squares, errors)
         references = _add(references, states[0])
     return [
-        Difference(worst, math.sqrt(square / max(reference, 1e-30)))
+        StateDifference(worst, math.sqrt(square / max(reference, 1e-30)))
         for worst, square, reference in zip(largest, squares, references, strict=True)
     ]
 

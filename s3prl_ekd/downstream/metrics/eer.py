@@ -106,7 +106,7 @@ def _crossing(accepted: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return crossing
 
 
-def read_trials(predictions: Path, truth: Path) -> EqualErrorRate:
+def read_scored_trials(predictions: Path, truth: Path) -> EqualErrorRate:
     """Read s3prl's ``test_predict.txt`` and our ``test_truth.txt``.
 
     A line is ``SPEAKER-VIDEO-UTTERANCE_SPEAKER-VIDEO-UTTERANCE SCORE``, or has the label 1 (same

@@ -47,7 +47,6 @@ ASR = Task(
     archive={"test-clean-noLM-hyp.ark": "asr_public/predict.ark"},
     recipe_files=(f"{EXPERT}.datarc.dict_path",),
     folders=(f"{EXPERT}.datarc.libri_root", f"{EXPERT}.datarc.bucket_file"),
-    lists=(),
     find_files=_find_files,
     batch_seconds=0.65,  # "one to two days" for 200,000 batches, the comment in its recipe
     parameters=43e6,  # two bidirectional LSTM layers of 1024 on 1024 inputs

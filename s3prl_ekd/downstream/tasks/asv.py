@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
-from ...files.config import override_option
+from ...files.config import override_option, value_at
 from ...prepare.asv import (
     MIN_SAMPLES,
     PREPARED,
@@ -17,7 +17,7 @@ from ...prepare.asv import (
     read_trials,
     subfolders,
 )
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
 from .task import Metric, Task
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 def _check_checkpoints(recipe: RecipeFiles) -> None:
     """Check that the training leaves checkpoints, which are tested in the end."""
     keys = ("save_step", "max_keep", "total_steps")
-    values = {key: setting(recipe.config, f"runner.{key}") for key in keys}
+    values = {key: value_at(recipe.config, f"runner.{key}") for key in keys}
     for key, value in values.items():
         if type(value) is not int or value < 1:
             raise ConfigError(
@@ -70,10 +70,10 @@ def _check_checkpoints(recipe: RecipeFiles) -> None:
 
 def _check_lengths(recipe: RecipeFiles, root: Path) -> None:
     """Check that there are recordings for training, and that none is too short for XVector."""
-    longer_than = setting(recipe.config, _LONGER_THAN)
+    longer_than = value_at(recipe.config, _LONGER_THAN)
     for key, value, least in (
         (_LONGER_THAN, longer_than, MIN_SAMPLES - 1),
-        (_EXCERPT, setting(recipe.config, _EXCERPT), MIN_SAMPLES),
+        (_EXCERPT, value_at(recipe.config, _EXCERPT), MIN_SAMPLES),
     ):
         if not isinstance(value, int) or value < least:
             raise ConfigError(
@@ -91,10 +91,10 @@ def _check_lengths(recipe: RecipeFiles, root: Path) -> None:
 
 
 def _measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
-    from ..metrics.eer import read_trials
+    from ..metrics.eer import read_scored_trials
 
     predictions, truth = (folder / name for name in _PREDICTIONS)
-    return (read_trials(predictions, truth),)
+    return (read_scored_trials(predictions, truth),)
 
 
 ASV = Task(
@@ -104,12 +104,10 @@ ASV = Task(
     downstream="sv_voxceleb1",
     full="downstream/sv_voxceleb1/config.yaml",
     tiny="downstream/sv_voxceleb1/tiny.yaml",
-    split="test",
     metrics=(Metric("eer", (9.56, 5.11)),),
     measure=_measure,
     predictions=_PREDICTIONS,
     archive={"test_predict.txt": "sv_public/predict.txt"},
-    recipe_files=(),
     folders=(_ROOT,),
     lists=(_TRIALS, f"{_DATA}.dev_meta_data"),
     find_files=_find_files,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...files.config import value_at
 from ...prepare.er import natural_sort_key
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, read_list, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, read_list
 from .task import Metric, Task, text_metric
 
 _META = f"{EXPERT}.datarc.meta_data"
@@ -17,7 +18,7 @@ _META = f"{EXPERT}.datarc.meta_data"
 
 def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     key = _META
-    fold = setting(recipe.config, f"{EXPERT}.datarc.test_fold") or recipe.fold or "fold1"
+    fold = value_at(recipe.config, f"{EXPERT}.datarc.test_fold") or recipe.fold or "fold1"
     session = str(fold).replace("fold", "Session")
     tables = [f"{session}/{part}_meta_data.json" for part in ("train", "test")]
     has_file = file_finder()
@@ -37,7 +38,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
 def _find_folds(config: Mapping[str, Any], source: str) -> list[str]:
     """``fold1``, ``fold2``, ... for each session with metadata."""
-    meta = Path(str(setting(config, _META)))
+    meta = Path(str(value_at(config, _META)))
     sessions = [path.name for path in meta.glob("Session*")]
     if not sessions:
         raise ConfigError(f"{source}: {meta} has no Session1, Session2, ...")
@@ -53,14 +54,11 @@ ER = Task(
     downstream="emotion",
     full="downstream/emotion/config.yaml",
     tiny="downstream/emotion/tiny.yaml",
-    split="test",
     metrics=(Metric("acc", (48.23672168, 67.62), higher_is_better=True),),
     measure=text_metric(*_PREDICTIONS, "label"),
     predictions=_PREDICTIONS,
     archive={"test_{fold}_predict.txt": "er_{fold}_public/predict.txt"},
-    recipe_files=(),
     folders=(f"{EXPERT}.datarc.root", _META),
-    lists=(),
     find_files=_find_files,
     batch_seconds=0.06,
     parameters=0.2e6,

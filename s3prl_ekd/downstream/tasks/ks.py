@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import ConfigError, DataError
-from ...files.config import override_option
+from ...files.config import override_option, value_at
 from ...prepare.ks import NOISE, count_recordings
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
 from .task import Metric, Task, text_metric
 
 _TRAIN = f"{EXPERT}.datarc.speech_commands_root"
@@ -22,7 +22,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
     except DataError as error:
         keys = f"{_TRAIN} and {Path(_TEST).suffix[1:]}"
         raise ConfigError(f"{recipe.source}: {keys}: {error}") from None
-    batch, count = setting(recipe.config, _BATCH), counts["train"] + counts[NOISE]
+    batch, count = value_at(recipe.config, _BATCH), counts["train"] + counts[NOISE]
     if isinstance(batch, int) and count < batch:  # s3prl drops the last batch, and waits for ever
         raise ConfigError(
             f"{recipe.source}: {_BATCH} is {batch}, more than the {count} recordings for training; "
@@ -40,14 +40,11 @@ KS = Task(
     downstream="speech_commands",
     full="downstream/speech_commands/config.yaml",
     tiny="downstream/speech_commands/tiny.yaml",
-    split="test",
     metrics=(Metric("acc", (41.3826674, 96.66), higher_is_better=True),),
     measure=text_metric(*_PREDICTIONS, "label"),
     predictions=_PREDICTIONS,
     archive={"test_predict.txt": "ks_public/predict.txt"},
-    recipe_files=(),
     folders=(_TRAIN, _TEST),
-    lists=(),
     find_files=_find_files,
     batch_seconds=0.05,
     parameters=0.2e6,

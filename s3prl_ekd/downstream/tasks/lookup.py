@@ -17,19 +17,11 @@ from typing import Any
 from ...compat.no_eval import run_splits
 from ...data.manifest import MAX_LIST
 from ...errors import ConfigError
-from ...files.config import override_option, split_overrides
+from ...files.config import override_option, split_overrides, value_at
 from ...files.text import CONTROL, read_text
 
 EXPERT = "downstream_expert"
 _OPTIONAL = f"{EXPERT}.datarc.dict_path"  # s3prl has a default dictionary
-
-
-def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None if there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def check_override_keys(data: Mapping[str, Any], overrides: str | None, source: str) -> None:
@@ -74,7 +66,7 @@ class RecipeFiles:
         return [self.split] if self.split else [name for _, name in run_splits(self.config)]
 
     def value(self, key: str) -> Any:
-        value = setting(self.config, key)
+        value = value_at(self.config, key)
         if value is None and key != _OPTIONAL:
             raise ConfigError(
                 f"{self.source}: {key} is not set; add {override_option(key, 'PATH')}"

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import ConfigError, DataError
+from ...files.config import value_at
 from ...prepare.lexicon import read_lexicon, shorten_list
 from ...prepare.librispeech import read_texts
-from .lookup import EXPERT, FileLookup, RecipeFiles, read_list, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, read_list
 from .task import Metric, Task, text_metric
 
 _ROOT = f"{EXPERT}.corpus.path"
@@ -31,7 +32,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 
     sets, listed_in = recipe.sets("corpus"), f"the sets of {', '.join(recipe.splits)}"
     yield FileLookup(_ROOT, sets, listed_in, has_file, "{}/*/*/*.trans.txt")
-    if setting(recipe.config, _SKIP) is not True:
+    if value_at(recipe.config, _SKIP) is not True:
         _check_words(recipe, sets)
 
 
@@ -62,7 +63,6 @@ PR = Task(
     ctc_metric="per",
     full="downstream/ctc/libriphone.yaml",
     tiny="downstream/ctc/tiny.yaml",
-    split="test",
     metrics=(Metric("per", (82.01, 3.53)),),
     measure=text_metric(*_PREDICTIONS, "word"),
     predictions=_PREDICTIONS,

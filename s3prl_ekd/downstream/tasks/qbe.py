@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ...files.config import value_at
 from ...prepare.qbe import (
     DOCUMENTS,
     QUERIES,
@@ -16,7 +17,7 @@ from ...prepare.qbe import (
     read_audio_list,
     read_truth,
 )
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
 from .task import Metric, Task
 
 if TYPE_CHECKING:
@@ -30,18 +31,18 @@ _SCORES, _REFERENCE = "benchmark.stdlist.xml", "benchmark.reference.txt"
 def _check_settings(recipe: RecipeFiles) -> None:
     """Raise ConfigError for settings at which s3prl fails with a traceback."""
     distance, pattern = recipe.value(f"{_DTW}.dist_method"), recipe.value(f"{_DTW}.step_pattern")
-    if distance == "cosine_neg_log" and setting(recipe.config, f"{EXPERT}.feature_normalization"):
+    if distance == "cosine_neg_log" and value_at(recipe.config, f"{EXPERT}.feature_normalization"):
         raise ConfigError(
             f"{recipe.source}: {_DTW}.dist_method cosine_neg_log needs {EXPERT}."
             "feature_normalization: False"
         )
-    if setting(recipe.config, f"{_DTW}.subsequence") and pattern != "asymmetric":
+    if value_at(recipe.config, f"{_DTW}.subsequence") and pattern != "asymmetric":
         raise ConfigError(
             f"{recipe.source}: {_DTW}.subsequence needs step_pattern asymmetric, got "
             f"{pattern!r:.40}"
         )
     key = f"{EXPERT}.max_workers"
-    workers = setting(recipe.config, key)
+    workers = value_at(recipe.config, key)
     if workers is not None and (type(workers) is not int or workers < 1):
         raise ConfigError(
             f"{recipe.source}: {key} must be 1 or more, or empty for all CPUs, got {workers!r:.40}"
@@ -73,7 +74,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
 def _write_reference(config: Mapping[str, Any], split: str, folder: Path) -> None:
     from ..metrics.mtwv import Reference, write_reference
 
-    root = Path(str(setting(config, _ROOT)))
+    root = Path(str(value_at(config, _ROOT)))
     documents = read_audio_list(root / DOCUMENTS, ConfigError)
     reference = Reference(len(documents), read_truth(root / TRUTH[split], ConfigError))
     write_reference(reference, folder / _REFERENCE)
@@ -93,15 +94,12 @@ QBE = Task(
     downstream="quesst14_dtw",
     full="downstream/quesst14_dtw/config.yaml",
     tiny="downstream/quesst14_dtw/tiny.yaml",
-    split="test",
     metrics=(Metric("mtwv", (0.58, 7.36), higher_is_better=True),),
     measure=_measure,
     unit="queries",
     predictions=(_SCORES, _REFERENCE),
     archive={_SCORES: f"qbe_public/{_SCORES}"},
-    recipe_files=(),
     folders=(_ROOT,),
-    lists=(),
     find_files=_find_files,
     selection="layers",
     write_reference=_write_reference,

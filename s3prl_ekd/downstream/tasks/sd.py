@@ -12,9 +12,9 @@ from ...data.diarization_folder import check_audio, check_reference, chunk_probl
 from ...data.rttm import MAX_SPEAKERS
 from ...errors import ConfigError, DataError
 from ...files.atomic import write_text
-from ...files.config import override_option
+from ...files.config import override_option, value_at
 from ...files.text import read_text
-from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder, setting
+from .lookup import EXPERT, FileLookup, RecipeFiles, file_finder
 from .task import Metric, Task
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _SCORING, _FRAME_SHIFT, _REFERENCE = "scoring/predictions", "frame_shift", "refe
 
 
 def _count(recipe: RecipeFiles, name: str) -> int:
-    value = setting(recipe.config, f"{_DATARC}.{name}")
+    value = value_at(recipe.config, f"{_DATARC}.{name}")
     if type(value) is not int or value < 1:
         raise ConfigError(
             f"{recipe.source}: {_DATARC}.{name} must be a number from 1 on, got {value!r:.40}"
@@ -53,7 +53,7 @@ def _find_files(recipe: RecipeFiles) -> Iterator[FileLookup]:
             f"{recipe.source}: {_DATARC}.rate must be {SAMPLE_RATE}, the rate of all upstreams; "
             f"edit it or add {override_option(f'{_DATARC}.rate', SAMPLE_RATE)}"
         )
-    shift = setting(recipe.config, f"{_DATARC}.frame_shift")  # null: the upstream's
+    shift = value_at(recipe.config, f"{_DATARC}.frame_shift")  # null: the upstream's
     shifts = (shift,) if type(shift) is int and shift > 0 else _SHIFTS
     has_file = file_finder()
     # of a training also the test set, on which it will be tested hours later
@@ -91,7 +91,7 @@ def _measure(folder: Path, fold: str | None) -> tuple[Sample, ...]:
 
 
 def _write_reference(config: Mapping[str, Any], split: str, folder: Path) -> None:
-    path = Path(str(setting(config, _FOLDERS[split]))) / "rttm"
+    path = Path(str(value_at(config, _FOLDERS[split]))) / "rttm"
     write_text(folder / _REFERENCE, read_text(path, "RTTM file", DataError, 1 << 28))
 
 
@@ -102,7 +102,6 @@ SD = Task(
     downstream="diarization",
     full="downstream/diarization/config.yaml",
     tiny="downstream/diarization/tiny.yaml",
-    split="test",
     metrics=(Metric("der", (10.05, 5.62)),),
     measure=_measure,
     unit="recordings",
@@ -111,9 +110,7 @@ SD = Task(
         f"{_SCORING}/*.h5": "sd_public/scoring/predictions",
         _FRAME_SHIFT: "sd_public/frame_shift",
     },
-    recipe_files=(),
     folders=tuple(_FOLDERS.values()),
-    lists=(),
     find_files=_find_files,
     batch_seconds=0.1,
     parameters=2.6e6,  # an LSTM layer of 512 on 768 inputs

@@ -74,7 +74,6 @@ SF = Task(
     ctc_metric="slot_type_f1",
     full="downstream/ctc/snips.yaml",
     tiny="downstream/ctc/snips_tiny.yaml",
-    split="test",
     metrics=(
         Metric("f1", (69.64, 89.81), higher_is_better=True),
         Metric("cer", (52.94, 21.76)),

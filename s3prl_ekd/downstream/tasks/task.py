@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .lookup import EXPERT, FileLookup, RecipeFiles, setting
+from ...files.config import value_at
+from .lookup import EXPERT, FileLookup, RecipeFiles
 
 if TYPE_CHECKING:
     from ..metrics.sample import Sample  # which imports numpy
@@ -106,17 +107,17 @@ class Task:
     downstream: str
     full: str
     tiny: str
-    split: str
     metrics: tuple[Metric, ...]
     measure: Measure
     predictions: tuple[str, ...]
     archive: Mapping[str, str]
-    recipe_files: tuple[str, ...]
     folders: tuple[str, ...]
-    lists: tuple[str, ...]
     find_files: Callable[[RecipeFiles], Iterator[FileLookup]]
     batch_seconds: float
     parameters: float
+    lists: tuple[str, ...] = ()
+    recipe_files: tuple[str, ...] = ()
+    split: str = "test"
     unit: str = "utterances"
     selection: Selection = "dev"
     best: str = "dev-best.ckpt"
@@ -174,7 +175,7 @@ class Task:
 
     def is_task_of(self, downstream: str | None, config: Mapping[str, Any]) -> bool:
         """Whether a recipe with this ``-d`` name is one of this task."""
-        name = str(setting(config, f"{EXPERT}.corpus.name")).lower()
+        name = str(value_at(config, f"{EXPERT}.corpus.name")).lower()
         return self.downstream == downstream and self.corpus_name in (None, name)
 
     def files(self, fold: str | None) -> tuple[str, ...]:
@@ -185,7 +186,7 @@ class Task:
 def recipe_paths(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield ``(key, path)`` for each path set under the dotted ``keys``."""
     for key in keys:
-        value = setting(config, key)
+        value = value_at(config, key)
         for path in value if isinstance(value, list) else [] if value is None else [value]:
             yield key, str(path)
 

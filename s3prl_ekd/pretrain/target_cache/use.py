@@ -44,7 +44,7 @@ def check_unit_layers(units: Sequence[UnitLabels], settings: ModelFile) -> None:
 
 
 def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
-    """Open the target cache of a run; :func:`check_teachers` compares it with the teachers.
+    """Open the target cache of a run; :func:`check_cache` compares it with the teachers.
 
     Raises:
         DataError: it is incomplete or damaged.
@@ -68,7 +68,7 @@ def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
     return reader
 
 
-def check_teachers(
+def check_cache(
     reader: TargetReader,
     teachers: TeacherEnsemble,
     settings: ModelFile,
