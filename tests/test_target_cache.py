@@ -1,6 +1,10 @@
 """Target caches: equal to s3prl's hidden states of single utterances, and the same loss."""
 
 import dataclasses
+import hashlib
+import json
+import re
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -9,14 +13,16 @@ import soundfile
 import torch
 
 from s3prl_ekd.data.batches import DistillationDataset, train_loader
-from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.hidden_states.store import (
     RECORD,
     TargetBlock,
     TargetReader,
     frame_width,
+    loudness,
     pack_targets,
     read_index,
+    same_loudness,
     select_targets,
     unpack_targets,
     vectors_per_frame,
@@ -45,7 +51,7 @@ def test_targets_equal_s3prls_hidden_states(cached_targets, teachers, corpus, dt
     for name, expert in experts(teachers).items():
         for i, file in enumerate(names):
             sound, _ = soundfile.read(corpus / "audio" / file, dtype="float32")
-            reader.check(file, len(sound))
+            reader.check(file, torch.from_numpy(sound))
             expected = hidden_states(expert, sound)
             assert frames[i] == expected.shape[1]
             result = targets[name][i, :, : frames[i]]
@@ -285,4 +291,61 @@ def test_write_and_read_an_index(tmp_path, cached_targets):
     write_index(tmp_path, index)
     assert read_index(tmp_path) == index
     assert dataclasses.replace(index, complete=False) != index
-    assert np.dtype(RECORD).itemsize == 12
+    assert index.version == 2 and np.dtype(RECORD).itemsize == 44
+
+
+def as_version_1(folder, copy):
+    """A copy of a cache as version 0.1 wrote it, without the loudness of the audio."""
+    shutil.copytree(folder, copy)
+    path = copy / "utterances.bin"
+    records = np.frombuffer(path.read_bytes(), RECORD)
+    path.write_bytes(b"".join(r.tobytes()[:12] for r in records))
+    index = json.loads((copy / "index.json").read_text())
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    (copy / "index.json").write_text(json.dumps(index | {"version": 1, "digest": digest}))
+    return copy
+
+
+def test_a_cache_of_version_1(tmp_path, cached_targets):
+    """It has the same targets, and the audio is compared by its length only."""
+    old = TargetReader(as_version_1(cached_targets / "int8", tmp_path / "old"))
+    new = TargetReader(cached_targets / "int8")
+    names = ["u0.flac", "u5.flac"]
+    one, two = (reader.batch(names).on("cpu") for reader in (old, new))
+    assert all(torch.equal(one.values[name], two.values[name]) for name in two.values)
+    length = int(new.records["samples"][new.index.utterances.index("u0.flac")])
+    old.check("u0.flac", torch.zeros(length))
+    with pytest.raises(DataError, match=r"u0\.flac.*changed"):
+        new.check("u0.flac", torch.zeros(length))
+
+
+@pytest.mark.parametrize("longer, excerpt", [(0, 0), (1600, 9000), (0, 9000)])
+def test_changed_audio_is_refused(cache_folder, teachers, corpus, capfd, longer, excerpt):
+    """Other sound of the same length, or of which the excerpt has the same length."""
+    root = shutil.copytree(corpus / "audio", cache_folder / "audio")
+    data = {"libri_root": str(root), "sequence_length": excerpt, "num_workers": 0}
+    configs(cache_folder, teachers, corpus, data)
+    assert cache(cache_folder, "cache") == 0
+    capfd.readouterr()
+    for i in range(12):
+        path = root / f"u{i}.flac"
+        time = np.arange(soundfile.info(path).frames + longer)
+        soundfile.write(path, 0.1 * np.sin(time / 9), 16000)
+    assert cache(cache_folder, "cache") == 2  # complete, and compared with the audio
+    assert re.search(r"u\d+\.flac: the audio has changed", capfd.readouterr().err)
+    batches = adapter(cache_folder, target_cache="cache").dataloader.dataset
+    assert re.search(r"u\d+\.flac: the audio has changed", batches[0].problem)
+
+
+def test_the_same_audio_from_a_lossy_file_is_accepted():
+    wave = torch.randn(16_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    wave[:4000] *= 1e-3  # a pause
+    stored = loudness(wave)
+    assert stored == pytest.approx(
+        [float(part.square().mean().sqrt()) for part in wave.split(2000)]
+    )
+    noise = torch.randn(16_000, generator=torch.Generator().manual_seed(1))
+    assert same_loudness(stored, loudness(wave + 1e-5 * noise))
+    assert not same_loudness(stored, loudness(wave * 1.02))
+    assert not same_loudness(stored, loudness(wave + 1e-3 * noise))  # the pause is louder
+    assert not same_loudness(stored, loudness(wave.roll(2000)))

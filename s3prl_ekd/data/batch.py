@@ -45,7 +45,7 @@ class TargetSource(Protocol):
 
     seed: int
 
-    def check(self, name: str, samples: int) -> None: ...
+    def check(self, name: str, wave: Tensor) -> None: ...
 
     def batch(self, names: Sequence[str]) -> BatchTargets: ...
 
@@ -139,7 +139,7 @@ class BatchDataset(Dataset):
                 try:
                     wave = read()
                     if self.targets is not None:
-                        self.targets.check(name, len(wave))
+                        self.targets.check(name, wave)
                 except BadAudio as error:
                     if not self.skip_bad:
                         raise DataError(f"{error}; {BAD_AUDIO_ADVICE}") from None

@@ -56,10 +56,15 @@ INT8_MAX = 127
 
 INDEX, UTTERANCES, RECORDS = "index.json", "utterances.json", "utterances.bin"
 TARGETS, SCALES = "targets.bin", "scales.bin"
-FORMAT, VERSION = "s3prl_ekd.target_cache", 1
+FORMAT, VERSION = "s3prl_ekd.target_cache", 2  # version 1 has no loudness
 PER_TEACHER = "per teacher"  # `contents` of a key whose targets are not aggregated
-# stored frames (0: bad audio); samples the teachers got; CRC-32 of targets and scales
-RECORD = np.dtype([("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4")])
+LOUDNESS_PARTS = 8
+# stored frames (0: bad audio); samples the teachers got; CRC-32 of targets and scales; loudness of
+# the parts of what the teachers got
+RECORD = np.dtype(
+    [("frames", "<u4"), ("samples", "<u4"), ("crc", "<u4"), ("loudness", "<f4", (LOUDNESS_PARTS,))]
+)
+RECORD_1 = np.dtype(RECORD.descr[:3])  # of version 1
 KEY_FIELDS: dict[str, type | tuple[type, ...]] = {
     "teachers": dict,
     "teacher_precision": str,
@@ -76,6 +81,7 @@ INDEX_FIELDS = {
     "utterances": str,
     "complete": bool,
     "digest": str,
+    "version": int,
 }  # `utterances` is the digest of utterances.json
 MAX_LIST_BYTES = 1 << 32  # of utterances.json; tens of millions of utterances
 BUILD = "s3prl-ekd cache -c RUNNER.yaml -g MODEL.yaml -o"
@@ -208,7 +214,8 @@ def select_targets(layout: TargetLayout, selected: Mapping[str, Sequence[int]]) 
 class Index:
     """The contents of ``index.json`` and ``utterances.json``.
 
-    ``seed``: of the excerpts; ``key``: see :mod:`.fingerprint`; ``digest``: of ``utterances.bin``.
+    ``seed``: of the excerpts; ``key``: see :mod:`.fingerprint`; ``digest``: of ``utterances.bin``;
+    ``version``: of the format.
     """
 
     dtype: str
@@ -218,13 +225,19 @@ class Index:
     utterances: tuple[str, ...]
     complete: bool = False
     digest: str = ""
+    version: int = VERSION
+
+    @property
+    def record(self) -> np.dtype:
+        """The records of ``utterances.bin``."""
+        return RECORD if self.version > 1 else RECORD_1
 
     def file_bytes(self, utterances: int, frames: int) -> dict[str, int]:
         """Size of each binary file after some utterances that have ``frames`` frames together."""
         sizes = {TARGETS: frames * frame_width(self.layout) * DTYPES[self.dtype].itemsize}
         if self.dtype == "int8":
             sizes[SCALES] = utterances * vectors_per_frame(self.layout) * 4
-        return sizes | {RECORDS: utterances * RECORD.itemsize}
+        return sizes | {RECORDS: utterances * self.record.itemsize}
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -232,7 +245,7 @@ def write_index(folder: Path, index: Index) -> None:
     names = json.dumps(index.utterances, indent=0, ensure_ascii=True).encode()
     with atomic_file(folder / UTTERANCES) as file:
         file.write(names)
-    data = {"format": FORMAT, "version": VERSION, "made_by": f"s3prl_ekd {__version__}"}
+    data: dict[str, Any] = {"format": FORMAT, "made_by": f"s3prl_ekd {__version__}"}
     data |= asdict(index) | {"layout": [list(block) for block in index.layout]}
     data["utterances"] = _digest(names)
     with atomic_file(folder / INDEX) as file:
@@ -263,7 +276,7 @@ def read_index(folder: Path) -> Index:
 
 def _index(data: dict[str, Any], names: bytes) -> Index:
     """Check the contents of both files. Raises ValueError, KeyError, TypeError, AttributeError."""
-    if (data["format"], data["version"]) != (FORMAT, VERSION):
+    if data["format"] != FORMAT or data["version"] not in range(1, VERSION + 1):
         raise ValueError(f"format {data['format']!s:.40}, version {data['version']!s:.20}")
     for name, kind in INDEX_FIELDS.items():
         if type(data[name]) is not kind:
@@ -302,10 +315,27 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _read_records(folder: Path) -> np.ndarray:
+def loudness(wave: Tensor) -> np.ndarray:
+    """The root mean square of each of the parts of a waveform ``[sample]``."""
+    parts = np.array_split(wave.numpy(), LOUDNESS_PARTS)
+    return np.array([np.sqrt(np.mean(np.square(part))) for part in parts], np.float32)
+
+
+def same_loudness(stored: np.ndarray, current: np.ndarray) -> bool:
+    """Whether two loudnesses are of the same audio, up to lossy decoding and resampling.
+
+    True for records of version 1, which have none.
+    """
+    if np.isnan(stored).any():
+        return True
+    bound = 0.01 * stored + 1e-3 * stored.max()
+    return bool((np.abs(current - stored) <= bound).all())
+
+
+def _read_records(folder: Path, index: Index) -> np.ndarray:
     """Read the complete records of ``utterances.bin``. Raises OSError."""
-    data = (folder / RECORDS).read_bytes()
-    return np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    data, size = (folder / RECORDS).read_bytes(), index.record.itemsize
+    return np.frombuffer(data[: len(data) // size * size], index.record)
 
 
 def _checked_records(folder: Path, index: Index) -> np.ndarray:
@@ -317,14 +347,14 @@ def _checked_records(folder: Path, index: Index) -> np.ndarray:
     """
     count = len(index.utterances)
     if not index.complete:
-        done = len(_read_records(folder)) if (folder / RECORDS).is_file() else 0
+        done = len(_read_records(folder, index)) if (folder / RECORDS).is_file() else 0
         raise DataError(
             f"the target cache {folder} is not complete: {min(done, count)} of {count} utterances "
             f"are done; continue the build with: {BUILD} {shlex.quote(str(folder))}"
         )
     try:
         check_regular(folder / RECORDS, "file of the target cache", DataError)
-        records = _read_records(folder)
+        records = _read_records(folder, index)
         frames = int(records["frames"].sum(dtype=np.int64))
         for name, size in index.file_bytes(count, frames).items():
             check_regular(folder / name, "file of the target cache", DataError)
@@ -336,7 +366,13 @@ def _checked_records(folder: Path, index: Index) -> np.ndarray:
         raise _damaged(path, str(error.strerror)) from None
     if _digest(records.tobytes()) != index.digest:
         raise _damaged(folder / RECORDS, "the digest does not match index.json")
-    return records
+    if index.record == RECORD:
+        return records
+    result = np.zeros(len(records), RECORD)
+    for field in RECORD_1.names or ():
+        result[field] = records[field]
+    result["loudness"] = np.nan
+    return result
 
 
 def _damaged(path: Path, reason: str) -> DataError:
@@ -451,23 +487,31 @@ class TargetReader:
     def __contains__(self, name: str) -> bool:
         return name in self._rows
 
-    def check(self, name: str, samples: int) -> None:
-        """Reject an utterance without targets, or whose length has changed.
+    def check(self, name: str, wave: Tensor) -> None:
+        """Reject an utterance without targets, or whose audio has changed.
+
+        Args:
+            name: of the utterance.
+            wave: what the teachers got, or would get now, ``[sample]``.
 
         Raises:
             BadAudio: its audio was bad when the cache was built.
-            DataError: the excerpt had another number of samples when the cache was built.
+            DataError: it had another length or loudness when the cache was built.
         """
-        frames, cached_samples, _ = self.records[self._rows[name]]
-        if frames == 0:
+        record = self.records[self._rows[name]]
+        if record["frames"] == 0:
             raise BadAudio(
                 name, "no targets", f"it was bad when the target cache {self.folder} was built"
             )
-        if cached_samples != samples:
+        change = ""
+        if record["samples"] != len(wave):
+            change = f"{len(wave)} samples, was {record['samples']}"
+        elif not same_loudness(record["loudness"], loudness(wave)):
+            change = "another loudness"
+        if change:
             raise DataError(
                 f"{name}: the audio has changed since the target cache {self.folder} was built: "
-                f"{samples} samples, was {cached_samples}; build another cache with: {BUILD} "
-                "NEW_FOLDER"
+                f"{change}; build another cache with: {BUILD} NEW_FOLDER"
             )
 
     def batch(self, names: Sequence[str]) -> StoredTargets:
@@ -555,7 +599,7 @@ class CacheWriter:
         # the records last: save() flushes in this order
         self._files = {name: open(folder / name, "ab") for name in index.file_bytes(0, 0)}
         sizes = {name: os.path.getsize(folder / name) for name in self._files}
-        records = _read_records(folder)[: len(index.utterances)]
+        records = _read_records(folder, index)[: len(index.utterances)]
         frames = [0, *np.cumsum(records["frames"], dtype=np.int64).tolist()]
         done = len(records)
         ends = index.file_bytes(done, frames[done])
@@ -568,19 +612,23 @@ class CacheWriter:
         self._saved = done  # number of records on the disk
         self._synced = time.monotonic()
 
-    def add(self, stored: np.ndarray, scales: np.ndarray | None, samples: int) -> None:
-        """Append the next utterance's targets ``[frame, column]``. Raises OSError."""
+    def add(self, stored: np.ndarray, scales: np.ndarray | None, wave: Tensor) -> None:
+        """Append the next utterance's targets ``[frame, column]``. Raises OSError.
+
+        ``wave``: what the teachers got, ``[sample]``.
+        """
         stored = np.ascontiguousarray(stored)
         scale_bytes = b"" if scales is None else scales.astype("<f4").tobytes()
         self._files[TARGETS].write(stored.data)
-        self._add_record(scale_bytes, (len(stored), samples, _crc(stored, scale_bytes)))
+        crc = _crc(stored, scale_bytes)
+        self._add_record(scale_bytes, (len(stored), len(wave), crc, loudness(wave)))
 
     def add_bad(self) -> None:
         """Append an utterance with bad audio, without targets. Raises OSError."""
         scale_bytes = bytes(self.index.file_bytes(1, 0).get(SCALES, 0))
-        self._add_record(scale_bytes, (0, 0, 0))
+        self._add_record(scale_bytes, (0, 0, 0, 0.0))
 
-    def _add_record(self, scale_bytes: bytes, record: tuple[int, int, int]) -> None:
+    def _add_record(self, scale_bytes: bytes, record: tuple[Any, ...]) -> None:
         if scale_bytes:
             self._files[SCALES].write(scale_bytes)
         self.records.append(record)

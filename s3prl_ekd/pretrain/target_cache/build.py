@@ -168,6 +168,8 @@ def _check_same_build(existing: Index, index: Index, folder: Path) -> Index:
             value, previous = getattr(index, part), getattr(existing, part)
             if value != previous:
                 raise DataError(f"{part} is {value}, was {previous}")
+        if existing.version < index.version and not existing.complete:
+            raise DataError("an earlier version of s3prl_ekd began it")
         check_same_key(existing.key, index.key)
         if (existing.utterances, existing.layout) != (index.utterances, index.layout):
             raise DataError("its utterances or layout differ")
@@ -210,7 +212,7 @@ def build_cache(
             try:
                 with explain_worker_errors(hint):
                     _compute_missing(writer, dataset, compute, data, device)
-                if not any(frames for frames, _, _ in writer.records):
+                if not any(record[0] for record in writer.records):  # frames
                     raise DataError(
                         f"no usable utterance in the tables; check libri_root {data.libri_root}"
                     )
@@ -306,7 +308,7 @@ def _compute_missing(
             else:
                 targets = pack_targets(compute([batch.waves[0].to(device)]), index.layout)
                 encoded = encode_targets(targets, index.layout, index.dtype, batch.names[0])
-                writer.add(*encoded, int(batch.lengths[0]))
+                writer.add(*encoded, batch.waves[0])
             bar.update()
 
 
@@ -322,12 +324,17 @@ def relative_differences(
 
     Returns:
         Mean and maximum of the absolute difference, divided by the mean absolute target.
+
+    Raises:
+        DataError: the audio is not that of the cache.
     """
     stride = max(1, len(dataset) // 4)  # from the longest utterances to the shortest
     # Sum of differences, largest difference, sum of absolute targets, number of values.
     totals: dict[str, tuple[float, float, float, int]] = {}
     for i in range(stride // 2, len(dataset), stride):
         batch = dataset[i]
+        if batch.problem:
+            raise DataError(batch.problem)
         if batch.targets is None:
             continue
         pairs = zip(batch.waves, batch.lengths.tolist(), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from ...distill.unit_loss import UnitLabels
 from ...errors import ConfigError, DataError
 from ...files.text import CONTROL
 from ...hidden_states.fingerprint import cache_key, check_aggregated, matching_subset
-from ...hidden_states.store import BUILD, TargetReader
+from ...hidden_states.store import BUILD, VERSION, TargetReader
 from ..config_diff import table_digests
 from ..settings import ModelFile
+
+logger = logging.getLogger(__name__)
 
 INSTEAD = "or train without pretrain_expert.datarc.target_cache"
 
@@ -63,6 +66,12 @@ def open_targets(folder: str | Path, settings: ModelFile) -> TargetReader:
             f"cached targets have no padding; use true, {INSTEAD}"
         )
     reader = TargetReader(folder)
+    if reader.index.version < VERSION:
+        logger.warning(
+            "%s: an earlier version of s3prl_ekd built this target cache, which does not show "
+            "whether the audio has changed since",
+            folder,
+        )
     if reader.aggregated:
         check_aggregated(settings)
     return reader
