@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -186,6 +187,10 @@ def test_intervals_cover_utterances_and_are_paired():
     assert rows[3][1].startswith(f"{b.accuracy - a.accuracy:+.1f}")
 
 
+LINES = ["a.flac\ttrain\tx\tsad", "b.flac\ttrain\ty\tglad", "c.flac\ttrain\tz\tmad"]
+SILENT = [f"{name}.flac\ttrain\t{name}\tSIL:0+50" for name in "abc"]
+
+
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
@@ -193,11 +198,17 @@ def test_intervals_cover_utterances_and_are_paired():
         (["path\tsplit\tsegments", "a.flac\ttrain\tAA:1-2"], "line 2: a segment must be"),
         (["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttest\ty"], "speakers or more"),
         (["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttrain\ty"], "split test"),
+        (
+            ["path\tsplit\tspeaker", "a.flac\ttrain\tx", "b.flac\ttrain\ty", "c.flac\ttest\ty"],
+            "more excerpts of 1 s than speakers",
+        ),
+        (["path\tsplit\tspeaker\temotion", *LINES], "more utterances than emotions"),
+        (["path\tsplit\tspeaker\tsegments", *SILENT], "phones needs its labels"),
     ],
 )
 def test_bad_manifests_are_explained(tmp_path, lines, problem):
     (tmp_path / "m.tsv").write_text("\n".join(lines) + "\n")
-    for name in "ab":
+    for name in "abc":
         write_audio(tmp_path / f"{name}.flac", np.random.default_rng(0).normal(size=16_000) / 9)
     with pytest.raises(DataError, match=problem):
         choose_tasks(read_labels(tmp_path / "m.tsv"))
@@ -215,6 +226,24 @@ def test_tasks_that_cannot_be_probed_are_explained_and_the_others_probed(corpus,
     assert [task.label for task in tasks] == ["phones", "speaker"]
     assert any("two emotions" in note for note in notes)
     assert any("1 utterances are shorter" in note for note in notes)
+
+
+def test_a_speaker_without_labelled_frames_is_named(corpus):
+    """The phones lie between the centres of frames."""
+    utterances = read_labels(corpus / "labels.tsv")
+    speaker = utterances[-1].speaker
+    short = (Segment("AA", 0, 100),)
+    changed = [
+        dataclasses.replace(u, segments=short) if u.speaker == speaker else u for u in utterances
+    ]
+    with pytest.raises(DataError, match=rf"no frame of {speaker} has a label"):
+        probe(spectrum, [task for task in choose_tasks(changed) if task.label == "phones"])
+
+
+def test_hidden_states_that_are_not_finite_are_refused(corpus):
+    tasks = choose_tasks(read_labels(corpus / "labels.tsv"))
+    with pytest.raises(DataError, match=r"\.flac: hidden state 1 .* not finite"):
+        probe(lambda wave: [*spectrum(wave)[:1], spectrum(wave)[1] * float("nan")], tasks)
 
 
 def test_of_long_corpora_evenly_spaced_utterances_are_used_for_phones(corpus, monkeypatch):

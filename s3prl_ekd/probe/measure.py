@@ -65,6 +65,9 @@ def probe(
         stride: samples from a frame to the next.
         by_layer: also score each layer alone.
         bar: name of the progress bar; "": none.
+
+    Raises:
+        DataError: hidden states are not finite, or none of a fold has a label.
     """
     results = []
     for task in tasks:
@@ -79,10 +82,10 @@ def _probe_task(states_of, task, noisy, stride, by_layer, bar) -> list[ProbeScor
     collected = {name: _Examples(len(conditions)) for name in task.scores}
     for number, excerpt in enumerate(tqdm(task.excerpts, desc=bar, disable=bar is None)):
         wave = _read(excerpt)
-        states = reduce(_run(states_of, wave))
+        states = reduce(_run(states_of, wave, excerpt))
         heard = [states] * len(conditions)
         if noisy is not None and excerpt.fold != ALWAYS_TRAIN:
-            heard[1] = reduce(_run(states_of, noisy(wave)))
+            heard[1] = reduce(_run(states_of, noisy(wave), excerpt))
         for parts in zip(*(task.examples(h, excerpt, stride) for h in heard), strict=True):
             name, _, labels = parts[0]
             features = [part[1] for part in parts]
@@ -120,6 +123,13 @@ class _Examples:
         numbers = {label: number for number, label in enumerate(sorted(set(self.labels)))}
         labels = np.array([numbers[label] for label in self.labels])
         folds = np.array(self.folds)
+        for fold in range(max(e.fold for e in task.excerpts) + 1):
+            if not (folds == fold).any():
+                speakers = {e.utterance.speaker for e in task.excerpts if e.fold == fold}
+                raise DataError(
+                    f"{name}: no frame of {', '.join(sorted(speakers))} has a label; check their "
+                    "segments, or remove their lines"
+                )
         tests = [np.concatenate(parts) for parts in self.features]
 
         def wrong(columns: np.ndarray | slice) -> list[np.ndarray]:
@@ -176,13 +186,16 @@ class _Reduction:
 
 def _fit_reduction(states_of: StatesFn, excerpts: Sequence[ProbeExcerpt]) -> _Reduction:
     """Principal components of each layer from some excerpts, if the layers are wide."""
-    first = _run(states_of, _read(excerpts[0]))
+    first = _run(states_of, _read(excerpts[0]), excerpts[0])
     widths = [layer.shape[1] for layer in first]
     if sum(widths) <= MOST_DIMS:
         return _Reduction([None] * len(widths), widths)
     chosen = [excerpts[i] for i in np.linspace(0, len(excerpts) - 1, _SAMPLE).astype(int)]
     samples = [
-        [layer[:: max(1, len(layer) // _FRAMES)] for layer in _run(states_of, _read(excerpt))]
+        [
+            layer[:: max(1, len(layer) // _FRAMES)]
+            for layer in _run(states_of, _read(excerpt), excerpt)
+        ]
         for excerpt in chosen
     ]
     dims = [min(width, MOST_DIMS // len(widths)) for width in widths]
@@ -200,5 +213,12 @@ def _read(excerpt: ProbeExcerpt) -> Tensor:
 
 
 @torch.no_grad()
-def _run(states_of: StatesFn, wave: Tensor) -> list[np.ndarray]:
-    return [state.float().cpu().numpy() for state in states_of(wave)]
+def _run(states_of: StatesFn, wave: Tensor, excerpt: ProbeExcerpt) -> list[np.ndarray]:
+    states = [state.float().cpu().numpy() for state in states_of(wave)]
+    for number, state in enumerate(states):
+        if not np.isfinite(state).all():
+            raise DataError(
+                f"{excerpt.utterance.name}: hidden state {number} has numbers that are not finite; "
+                "the upstream may have diverged in its training"
+            )
+    return states

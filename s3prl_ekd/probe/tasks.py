@@ -145,7 +145,7 @@ def _by_speaker(
 
 
 def _phone_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
-    aligned = [u for u in utterances if u.segments]
+    aligned = [u for u in utterances if any(s.phone != SILENCE for s in u.segments)]
     total = sum(lengths[u] for u in aligned)
     if total > PHONE_SAMPLES:
         step = total / PHONE_SAMPLES
@@ -156,8 +156,13 @@ def _phone_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> Pr
 def _emotion_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
     task = _by_speaker([u for u in utterances if u.emotion], lengths, "emotion", EMOTION_FOLDS)
     for fold in {excerpt.fold for excerpt in task.excerpts}:
-        if len({e.utterance.emotion for e in task.excerpts if e.fold != fold}) < 2:
+        emotions = [e.utterance.emotion for e in task.excerpts if e.fold != fold]
+        if len(set(emotions)) < 2:
             raise _Missing("emotion needs two emotions or more in the training part of each fold")
+        if len(emotions) <= len(set(emotions)):
+            raise _Missing(
+                "emotion needs more utterances than emotions in the training part of each fold"
+            )
     return task
 
 
@@ -177,6 +182,8 @@ def _speaker_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> 
         fold = 0 if utterance.split == "test" else ALWAYS_TRAIN
         for start in range(0, max(1, length - EXCERPT + 1), EXCERPT):
             excerpts.append(ProbeExcerpt(utterance, start, min(EXCERPT, length), fold))
+    if sum(excerpt.fold == ALWAYS_TRAIN for excerpt in excerpts) <= len(train):
+        raise _Missing("speaker needs more excerpts of 1 s than speakers in the split train")
     return ProbeTask("speaker", tuple(excerpts))
 
 
