@@ -194,7 +194,8 @@ class Ramp(torch.nn.Module):
 def test_the_same_evenly_spaced_frames_are_sampled_for_all_teachers(corpus):
     paths = choose_audio(corpus / "audio", None, 4)
     assert paths == choose_audio(corpus / "audio", None, 4) and len(set(paths)) == 4
-    sample = sample_layers({"a": Ramp(), "b": Ramp(extra=1)}, paths, max_frames=40)
+    assert sample_layers({"a": Ramp()}, [*paths, corpus / "gone.flac"])[1] == 4
+    sample, _ = sample_layers({"a": Ramp(), "b": Ramp(extra=1)}, paths, max_frames=40)
     assert [tuple(layer.shape) for layer in sample["a"]] == [(40, 2)] * 3
     assert torch.equal(sample["a"][1], sample["b"][1])
     first = sample["a"][2][:10]
@@ -216,7 +217,7 @@ class BadLayer(Ramp):
 
 def test_frames_with_huge_values_are_skipped_for_all_teachers(corpus, caplog):
     paths = choose_audio(corpus / "audio", None, 4)
-    sample = sample_layers({"a": BadLayer(1e20), "b": Ramp()}, paths)
+    sample, _ = sample_layers({"a": BadLayer(1e20), "b": Ramp()}, paths)
     assert re.search(r"\b4 of\b", caplog.text)
     for layers in sample.values():
         assert all(not (layer[:, 0] == 3).any() and layer.max() < 1000 for layer in layers)

@@ -218,10 +218,23 @@ def test_segments_in_a_table(tmp_path, capsys):
     assert cli.main(["length-tables", str(tmp_path / "m.tsv"), "-o", str(tmp_path / "t")]) == 0
     lines = (tmp_path / "t/train.csv").read_text().splitlines()
     assert lines == [",file_path,length,label,offset", "0,a.wav,32000,,", "1,a.wav,16000,,8000"]
-    for row in ("a.wav\t1\t\ttrain", "a.wav\t-1\t2\ttrain", "a.wav\tinf\t2\ttrain"):
+    far = "a.wav\t1e308\t1e308\ttrain"
+    for row in ("a.wav\t1\t\ttrain", "a.wav\t-1\t2\ttrain", "a.wav\tinf\t2\ttrain", far):
         (tmp_path / "m.tsv").write_text(f"{head}{row}\n")
         argv = ("length-tables", tmp_path / "m.tsv", "-o", tmp_path / "t")
         assert "m.tsv: line 2" in error_of(capsys, *argv)
+
+
+def test_files_and_columns_that_are_given_twice(tmp_path, capsys):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", make_sound(1.0), 16000)
+    (tmp_path / "one.tsv").write_text("path\na.wav\n")
+    (tmp_path / "two.tsv").write_text("path\nb.wav\na.wav\n")
+    argv = ["length-tables", tmp_path / "one.tsv", tmp_path / "two.tsv", "-o", tmp_path / "t"]
+    assert "two.tsv: line 3: the path a.wav is also in" in error_of(capsys, *argv)
+    assert not (tmp_path / "t").exists()
+    (tmp_path / "two.tsv").write_text("path\tsplit\tsplit\na.wav\ttrain\ttest\n")
+    assert "column split is there twice" in error_of(capsys, *argv[:1], *argv[2:])
 
 
 def test_formats_that_cannot_be_read(tmp_path, capsys, caplog, student_file):

@@ -4,8 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
+import soundfile
 
 from s3prl_ekd import compat
 from s3prl_ekd.prepare.asr import speaker_names
@@ -208,6 +210,17 @@ def test_other_rates_and_stereo_are_rejected(manifest, tmp_path, capsys, rate, c
     assert prepare("unlabeled", manifest, tmp_path / "unlabeled") == 0
     lengths = pandas.read_csv(tmp_path / "unlabeled/len_for_bucket/dev.csv")["length"]
     assert list(lengths) == [500 * 16_000 // rate]
+
+
+def test_audio_beyond_full_scale_is_scaled(manifest, tmp_path, caplog):
+    """Training hears such floating-point audio as it is."""
+    wave = 3 * np.sin(np.arange(24_000) / 20)
+    soundfile.write(manifest.parent / "b/three.wav", wave, 48_000, subtype="FLOAT")
+    assert prepare("asr", manifest, tmp_path / "out", "--convert") == 0
+    result, _ = soundfile.read(tmp_path / "out/dev-clean/bob/2/bob-2-0000.flac")
+    expected = np.sin(np.arange(8_000) * 3 / 20)
+    assert np.abs(result - expected)[50:-50].max() < 0.01
+    assert re.search(r"b/three\.wav exceeds full scale \(peak 3\.0", caplog.text)
 
 
 def test_replace_only_replaces_a_layout(manifest, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -269,3 +270,7 @@ def test_the_command_prints_a_table_and_writes_a_picture(corpus, teachers, tmp_p
     assert record["accuracy"] == pytest.approx(100 - 100 * errors / examples_)
     assert len(record["layers"]) == 5  # the input of the first layer, and four layers
     assert (tmp_path / "out/layers.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out/probe.md").write_text("my own notes\n")
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert re.search(r"probe\.md exists\b", capsys.readouterr().err)

@@ -5,7 +5,9 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 
 RUN = (sys.executable, "-m", "s3prl_ekd")
 
@@ -49,6 +51,16 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path):
     assert result.returncode == 0 and empty.stat().st_size
     again = run("init", "work", cwd=tmp_path)
     assert again.returncode == 0 and "created" not in again.stdout
+
+
+def test_a_disk_that_is_full_of_converted_audio(tmp_path):
+    wave = 0.1 * np.random.default_rng(0).normal(size=80_000)
+    soundfile.write(tmp_path / "a.wav", wave, 8000)
+    manifest = tmp_path / "m.tsv"
+    manifest.write_text("path\tspeaker\ttext\tsplit\na.wav\tann\tHELLO\ttrain\n")
+    result = run("prepare", "asr", "m.tsv", "-o", "out", "--convert", cwd=tmp_path, limit=100_000)
+    assert result.returncode == 2 and result.stderr.endswith("cannot write out: File too large\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "m.tsv"]
 
 
 @pytest.mark.parametrize("argv", [("init", "work"), ("init", "--list"), ("--help",)])

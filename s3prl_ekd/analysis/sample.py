@@ -60,14 +60,15 @@ def sample_layers(
     upstreams: Mapping[str, nn.Module],
     paths: Sequence[Path | AudioPart],
     max_frames: int = MAX_FRAMES,
-) -> dict[str, list[Tensor]]:
+) -> tuple[dict[str, list[Tensor]], int]:
     """Run the teachers on the start of each file alone (no padding); keep evenly spaced frames.
 
     The same frames are kept for all teachers and layers; in all ``max_frames``, shared evenly among
     the files.
 
     Returns:
-        Teacher name -> its layers from 0 up, ``[frame, dim]`` each, float32 on the CPU.
+        Teacher name -> its layers from 0 up, ``[frame, dim]`` each, float32 on the CPU; and the
+        number of files that were usable.
 
     Raises:
         DataError: no file is usable, or no frame is finite.
@@ -99,4 +100,5 @@ def sample_layers(
         logger.warning("skipped %d of %d frames: values not finite or huge", count, len(usable))
         if count == len(usable):
             raise DataError("no frame of the teachers is finite")
-    return {name: list(x[:, usable].unbind(0)) for name, x in layers.items()}
+    used = len(next(iter(sampled.values())))
+    return {name: list(x[:, usable].unbind(0)) for name, x in layers.items()}, used

@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     require_scipy()  # before minutes of computing
     require_matplotlib()
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
-    sample = sample_layers(load_upstreams(settings, args.device), paths)
+    sample, used = sample_layers(load_upstreams(settings, args.device), paths)
 
     trees, groups = {}, {}
     for name, layers in sample.items():
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join([*cut_table(options, cut), ""]))
 
     method = f"{args.similarity}, {args.linkage} linkage{', contiguous' if args.contiguous else ''}"
-    text = grouped_config(args.config, groups, f"{method}, {len(paths)} utterances")
+    text = grouped_config(args.config, groups, f"{method}, {used} utterances")
     make_folder(args.output.parent, SetupError)
     write_text(args.output, text)
     plot_trees(trees, groups, f"1 - {args.similarity} ({args.linkage} linkage)", picture)

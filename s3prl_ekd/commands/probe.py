@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..files.atomic import atomic_file, make_folder, write_text
+    from ..files.atomic import atomic_file, write_text
+    from ..files.report_file import check_report
     from ..probe.conditions import NoisyCondition
     from ..probe.labels import read_labels
     from ..probe.measure import probe
@@ -94,7 +95,8 @@ def main(args: argparse.Namespace) -> int:
         name = f"{Path(args.noise).stem} {snr:g} dB" + ("" if args.no_room else " in a room")
         noisy = NoisyCondition(name, find_noises(args.noise), snr, not args.no_room)
     if args.output is not None:
-        make_folder(args.output, SetupError)
+        check_report(args.output / "probe.md", "| upstream |")
+        check_report(args.output / "probe.json", "{")
     results = {}
     for upstream in upstreams:
         module: Any = build_upstream(upstream.hub, upstream.checkpoint).to(device)

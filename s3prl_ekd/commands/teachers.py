@@ -88,8 +88,9 @@ def _inspect(args: argparse.Namespace) -> int:
     require_matplotlib()  # before the teachers run for minutes
     make_folder(args.out, SetupError)
     check_report(args.out / "layers.csv", "teacher,layer,")
+    check_report(args.out / "cka.csv", ",")
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
-    sample = sample_layers(load_upstreams(settings, args.device), paths)
+    sample, used = sample_layers(load_upstreams(settings, args.device), paths)
 
     rows = [("teacher", "layer", "norm", "mean", "spread")]
     for name, layers in sample.items():
@@ -100,7 +101,7 @@ def _inspect(args: argparse.Namespace) -> int:
     matrix = cka_matrix([frames for layers in sample.values() for frames in layers]).numpy()
 
     frames = len(next(iter(sample.values()))[0])
-    print(f"{len(paths)} utterances, {frames} frames per layer\n")
+    print(f"{used} utterances, {frames} frames per layer\n")
     print("\n".join(text_table(rows, rule=True)))
     pairs = _pairs(settings, {label: i for i, label in enumerate(labels)}, matrix)
     if pairs:

@@ -6,6 +6,7 @@ Formats: FLAC, WAV, Ogg Vorbis, Opus, MP3. soundfile reads the headers, a few ki
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -50,6 +52,17 @@ _CHUNK = 64  # files in a thread's task; a task for each would cost more than re
 MAX_OVERSHOOT = SAMPLE_RATE // 2
 # libsndfile reports about 2**63 frames if the header has no length.
 UNKNOWN_FRAMES = 2**40
+
+
+def write_audio(path: Path, wave: np.ndarray) -> None:
+    """Write a waveform ``[sample]`` at 16 kHz in 16 bits, in the format of the suffix.
+
+    It is encoded in memory, because libsndfile reports a full disk as an unknown error or not at
+    all. Raises OSError.
+    """
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, SAMPLE_RATE, subtype="PCM_16", format=path.suffix[1:])
+    path.write_bytes(buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,8 @@ def open_audio(path: str | Path) -> AudioFile:
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         if status.st_size == 0:
             raise BadAudio(path, "empty", "it is empty (0 bytes)") from None
+        if not os.access(path, os.R_OK):
+            raise BadAudio(path, "not readable", "you may not read it; see ls -l") from None
         reason = f"is not audio that can be read ({soundfile_message(error)})"
         if str(path).lower().endswith(OTHER_SUFFIXES):
             reason += f"; convert it with: {ffmpeg_command(path)}"

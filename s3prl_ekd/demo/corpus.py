@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from ..data.audio_files import is_hidden_or_system
+from ..data.audio_files import is_hidden_or_system, write_audio
 from ..data.lengths import write_table
 from ..data.tables import Utterance
 from ..errors import DataError
@@ -136,7 +135,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
             # As in real speech, rate and pitch differ between utterances.
             wave = speak(text, voice, rate=rng.uniform(0.9, 1.1), pitch=rng.randint(44, 56))
             (root / folder).mkdir(parents=True, exist_ok=True)
-            _write_flac(root / folder / f"{name}.flac", wave)
+            write_audio(root / folder / f"{name}.flac", wave)
             transcript = f"{folder}/{speaker}-{_CHAPTER}.trans.txt"
             lines.setdefault(transcript, []).append(f"{name} {normalise(text)}\n")
             rows.append(Utterance(f"{folder}/{name}.flac", len(wave)))
@@ -155,7 +154,7 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     noise = make_noises(np.random.default_rng(seed), speech, NOISE_SECONDS)
     (root / "noise").mkdir()
     for name, clip in noise.items():
-        _write_flac(root / "noise" / f"{name}.flac", to_int16(clip))
+        write_audio(root / "noise" / f"{name}.flac", to_int16(clip))
     record = {
         "parameters": parameters,
         "splits": splits,
@@ -164,7 +163,3 @@ def _make(root: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
     (root / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
-
-
-def _write_flac(path: Path, wave: np.ndarray) -> None:
-    soundfile.write(path, wave, SAMPLE_RATE, subtype="PCM_16")

@@ -132,7 +132,9 @@ def _prepare_alignments(args: argparse.Namespace) -> None:
 
 def _cells(entry: ManifestEntry) -> dict[str, str]:
     """The cells of an entry, with its split, and with offset and duration (seconds) of segments."""
-    cells = {**entry.cells, "split": entry.split, "offset": "", "duration": ""}
+    cells = {**entry.cells, "split": entry.split}
+    for name in ("offset", "duration"):
+        cells.setdefault(name, "")
     if entry.offset is not None and entry.length is not None:
         cells["offset"] = repr(entry.offset / SAMPLE_RATE)
         cells["duration"] = repr(entry.length / SAMPLE_RATE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,13 +14,16 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours
+from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours, write_audio
 from ..data.lengths import MeasuredAudio, measure_audio
 from ..data.manifest import Manifest, ManifestEntry, read_manifest
 from ..errors import DataError
 from ..files.atomic import atomic_folder
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+OVERSHOOT = 1.05  # peak that resampled audio of full scale may have
 PREPARED = "prepared.tsv"  # marks a folder that `prepare` wrote
 
 
@@ -172,7 +176,7 @@ class PreparedAudio:
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.write:
-            write_audio(self.part, target)
+            convert_audio(self.part, target)
         elif copy or not link(Path(self.part.path), target):
             shutil.copyfile(self.part.path, target)
         else:
@@ -185,14 +189,19 @@ def placing(items: Sequence[T]) -> Iterable[T]:
     return tqdm(items, desc="audio", unit=" files", delay=1.0, dynamic_ncols=True)
 
 
-def write_audio(part: AudioPart, target: Path) -> None:
-    """Write a file or segment as 16 kHz mono, 16 bits; exact if the source is."""
-    import soundfile
+def convert_audio(part: AudioPart, target: Path) -> None:
+    """Write a file or segment as 16 kHz mono, 16 bits; exact if the source is.
 
+    Audio beyond full scale, which floating-point files may have, is scaled to it, with a warning.
+    """
     from ..data.audio import read_audio  # torch; not for prepare --help
 
-    wave = (read_audio(part) * 32768).round().clamp(-32768, 32767).short().numpy()
-    soundfile.write(target, wave, SAMPLE_RATE, subtype="PCM_16")
+    wave = read_audio(part)
+    peak = float(wave.abs().max())
+    if peak > OVERSHOOT:
+        logger.warning("%s exceeds full scale (peak %.2f): scaled to 1", part, peak)
+        wave = wave / peak
+    write_audio(target, (wave * 32768).round().clamp(-32768, 32767).short().numpy())
 
 
 def audio_lengths(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.audio_files import SAMPLE_RATE
+from ..data.audio_files import SAMPLE_RATE, write_audio
 from ..data.diarization_folder import (
     SpokenRecording,
     check_audio,
@@ -242,8 +242,6 @@ def _write_mixture(
     path: Path, pair: tuple[Source, Source], rng: random.Random
 ) -> tuple[int, list[tuple[str, float, float]]]:
     """Write a mixture; return its samples, and (speaker, begin, end) of its speech in seconds."""
-    import soundfile
-
     from ..data.audio import read_audio  # torch; not for prepare --help
 
     waves, speech, segments = [], [], []
@@ -256,7 +254,7 @@ def _write_mixture(
         speech.append(spans)
         segments += [(source.speaker, b / SAMPLE_RATE, e / SAMPLE_RATE) for b, e in spans]
     mixture = mix(waves, speech, [rng.uniform(*LEVELS) for _ in pair])
-    soundfile.write(path, mixture, SAMPLE_RATE, subtype="PCM_16")
+    write_audio(path, mixture)
     return len(mixture), segments
 
 

@@ -59,7 +59,6 @@ def read_manifest(
     parts, tables = [], []
     for source in sources:
         root, entries = _read(str(source), columns, audio_root)
-        check_unique(entries)
         parts.append((root, entries))
         tables += [_table_name(str(source), entry) for entry in entries]
     text = ", ".join(map(str, sources))
@@ -72,8 +71,7 @@ def read_manifest(
         for folder, (_, own) in zip(roots, parts, strict=True):
             prefix = PurePosixPath(os.path.relpath(folder, common))
             entries += [replace(entry, path=str(prefix / entry.path)) for entry in own]
-    if "split" in columns:  # no utterance may be in two splits
-        check_unique(entries)
+    check_unique(entries)  # no utterance may be in two splits or tables
     return Manifest(text, root, entries, tables)
 
 

@@ -85,7 +85,7 @@ def segment_samples(offset: str, duration: str, location: str) -> tuple[int, int
     """
     try:
         start, seconds = float(offset), float(duration)
-        if not (math.isfinite(start) and math.isfinite(seconds)):
+        if not math.isfinite(start + seconds):
             raise ValueError
     except ValueError:
         raise DataError(

@@ -53,6 +53,9 @@ def read_table(
             f"{path}: line 1: missing column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
             f"expected a tab-separated header, got: {', '.join(header) or 'an empty line'}"
         )
+    twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: line 1: the column {twice[0]} is there twice; remove one")
     needs_split = "split" in {*header, *columns}
     entries: list[ManifestEntry] = []
     for number, line in enumerate(lines[1:], start=2):
