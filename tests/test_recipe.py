@@ -259,6 +259,23 @@ def test_a_failed_stage_is_named_with_its_log_and_command(corpora, tmp_path):
     assert "none.pt" in log.read_text()
 
 
+def test_a_corpus_is_prepared_again_for_other_options(corpora, tmp_path):
+    """As with another --lexicon or --voxceleb1; with the same options it is kept."""
+    plan = make_plan(options(corpora, folder=tmp_path / "w", tiny=True, steps=2))
+    table = tmp_path / "w/t/all.csv"
+
+    def made_of(split):
+        argv = ["length-tables", str(corpora / "LibriSpeech" / split), "-o", "t", "--name", "all"]
+        stages = [Stage("prepare", argv, "t/all.csv"), Stage("bad", ["export", "none"])]
+        with pytest.raises(SetupError, match="stage bad"):
+            run(dataclasses.replace(plan, setup=stages))
+        return table.stat().st_mtime_ns
+
+    first = made_of("dev-clean")
+    assert made_of("dev-clean") == first
+    assert made_of("test-clean") > first
+
+
 def test_a_distillation_runs_and_is_not_repeated(corpora, tmp_path):
     """Setup and the first stages of a tiny student; its checkpoint has the projected size."""
     folder = tmp_path / "w"

@@ -101,7 +101,8 @@ class Stage:
         name: also of its log.
         argv: the command, see :func:`..system.jobs.child_command`.
         result: the file that shows that the stage is done; empty for one that always runs, because
-            its command skips what is done or takes seconds.
+            its command skips what is done or takes seconds. A stage before the distillations runs
+            again if its command has changed.
     """
 
     name: str

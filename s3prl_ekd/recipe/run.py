@@ -170,8 +170,12 @@ def run(plan: RecipePlan) -> Path:
     with FolderLock(options.folder, LOCK):
         write_text(options.folder / RECORD, json.dumps(_record(options)) + "\n")
         for stage in plan.setup:
-            if not stage.is_done(options.folder):
+            made = options.folder / LOGS / f"{stage.name}.command"  # that made its result
+            command = typed(stage.argv) + "\n"
+            other = made.is_file() and made.read_text(encoding="utf-8") != command
+            if other or not stage.is_done(options.folder):
                 _run_stage(stage, options.folder, processes, os.environ)
+                write_text(made, command)
         processes.run_all(run_stages, list(plan.students.values()))
         _run_stage(plan.report, options.folder, processes, os.environ)
     return options.folder / "report/report.md"
