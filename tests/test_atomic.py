@@ -143,6 +143,29 @@ def test_a_folder_is_in_place_before_the_previous_one_is_removed(tmp_path, monke
     assert removed == [True] and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    """The next command finds the previous folder, whatever becomes of its own."""
+    code = """
+import os, pathlib, signal, sys
+from s3prl_ekd.files import atomic
+out = pathlib.Path(sys.argv[1])
+with atomic.atomic_folder(out) as folder:
+    (folder / "a").touch()
+rename = pathlib.Path.rename
+def kill_after(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.rename = kill_after
+with atomic.atomic_folder(out) as folder:
+    (folder / "b").touch()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ZeroDivisionError), atomic.atomic_folder(tmp_path / "x"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x/a").exists()
+
+
 def test_a_folder_that_cannot_be_renamed_keeps_the_previous_one(tmp_path):
     with atomic.atomic_folder(tmp_path / "x") as folder:
         (folder / "a").touch()

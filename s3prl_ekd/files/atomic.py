@@ -33,7 +33,7 @@ except ImportError:  # Windows: no locks, so leftovers are not removed
     fcntl = None  # type: ignore[assignment]
 
 # Our temporary names, and those of version 0.1: NAME.PID.tmp, .NAME.PID.tmp, .NAME.PID.partial.
-_TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?:tmp|partial)")
+_TEMPORARY = re.compile(r"\.?(?P<name>.+)\.(?:[0-9a-f]{16}|\d+)\.(?P<suffix>tmp|partial|previous)")
 
 
 @contextlib.contextmanager
@@ -176,16 +176,17 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
         error: class of the exception for errors of the operating system.
     """
     target = out.resolve()
-    partial, old = _temporary(target, "partial"), _temporary(target, "partial")
-    handle = None
+    partial, old = _temporary(target, "partial"), _temporary(target, "previous")
+    handles: list[int | None] = []
     try:
         with explain_write_errors(out, error):
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, glob.escape(_short(target.name)))
             partial.mkdir()
-            handle = _lock_folder(partial)
+            handles.append(_lock_folder(partial))
             yield partial
             if target.exists():
+                handles.append(_lock_folder(target))
                 target.rename(old)  # removed last, since this takes long: a kill must not lose both
             try:
                 partial.rename(target)
@@ -197,12 +198,15 @@ def atomic_folder(out: Path, error: type[EkdError] = SetupError) -> Iterator[Pat
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        for handle in handles:
+            if handle is not None:
+                os.close(handle)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
     """Remove the temporary files and folders that killed commands left in a folder.
+
+    A previous folder whose replacement was not in place yet gets its name back.
 
     ``names`` is a glob pattern of their final names, such as ``*.ckpt``.
     """
@@ -221,7 +225,10 @@ def remove_leftovers(folder: Path, names: str) -> None:
                 if fcntl is None:
                     continue
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is being written
-                if entry.is_dir(follow_symlinks=False):
+                final = path.with_name(match["name"])
+                if match["suffix"] == "previous" and not final.exists():
+                    path.rename(final)
+                elif entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink()
