@@ -1,6 +1,7 @@
 """A short demo as a user starts it: all steps, and a second run that keeps finished steps."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -87,6 +88,19 @@ def test_an_invalid_number(tmp_path, value):
     assert process.returncode == 2 and "--steps" in process.stderr
     assert re.search(rf"\b4\b.*'{value}'", process.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_with_another_corpus_is_refused(tmp_path):
+    corpus = tmp_path / "d/data/corpus"
+    speakers = {"train-clean": 2, "dev-clean": 2, "test-clean": 2}
+    utterances = {"train-clean": 24, "dev-clean": 40, "test-clean": 40}
+    parameters = {"version": 1, "seed": 0, "speakers": speakers, "utterances": utterances}
+    corpus.mkdir(parents=True)
+    record = json.dumps({"parameters": parameters, "checksum": ""})
+    (corpus / "corpus.json").write_text(record)
+    process = command("demo", "d", "--utterances", "30", cwd=tmp_path, check=False)
+    assert process.returncode == 2 and "another --utterances" in process.stderr
+    assert (corpus / "corpus.json").read_text() == record
 
 
 def test_an_unknown_task(tmp_path):

@@ -68,7 +68,7 @@ def make_corpus(
         "utterances": dict(UTTERANCES if utterances is None else utterances),
     }
     _check(parameters)
-    record = _read_record(out)
+    record = read_record(out)
     if record is not None and record["parameters"] == parameters:
         if corpus_checksum(out) == record["checksum"]:
             return record
@@ -102,7 +102,12 @@ def _check(parameters: Mapping[str, Any]) -> None:
             )
 
 
-def _read_record(out: Path) -> dict[str, Any] | None:
+def read_record(out: Path) -> dict[str, Any] | None:
+    """The contents of ``corpus.json``; None if ``out`` has no demo corpus.
+
+    Raises:
+        DataError: a newer version made the corpus.
+    """
     try:
         record = read_json(out / RECORD, "record of the demo corpus", DataError)
     except DataError:

@@ -19,7 +19,7 @@ from ..system.jobs import Jobs, typed
 from ..system.tables import text_table
 from ..teachers.zoo import TEACHERS
 from ..workspace import write_workspace
-from .corpus import make_corpus
+from .corpus import make_corpus, read_record
 from .labels import make_labels
 
 SINGLE = "tiny/single_hubert"
@@ -131,9 +131,14 @@ class Demo:
 
     def _corpus(self) -> None:
         corpus, labels = self.folder / "data" / "corpus", self.folder / "data" / "labels"
-        record = make_corpus(
-            corpus, utterances={"train-clean": self.utterances, "dev-clean": 40, "test-clean": 40}
-        )
+        utterances = {"train-clean": self.utterances, "dev-clean": 40, "test-clean": 40}
+        existing = read_record(corpus)
+        if existing is not None and existing["parameters"].get("utterances") != utterances:
+            raise SetupError(
+                f"{self.folder} has the demo of another --utterances, whose targets and students "
+                "would be kept; use another folder, or remove it"
+            )
+        record = make_corpus(corpus, utterances=utterances)
         make_labels(corpus, labels, moods=max(4, self.utterances // 10))
         for split, counts in record["splits"].items():
             minutes = counts["seconds"] / 60
