@@ -406,7 +406,7 @@ def test_a_killed_study_leaves_no_process(tmp_path):
     (tmp_path / "slow/command.py").write_text(sleep)
     start = """
 from pathlib import Path
-from study_parts.run import process_pool
+from study_parts.processes import process_pool
 from study_parts.training import TrainingFolder
 
 if __name__ == "__main__":

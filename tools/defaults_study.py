@@ -21,15 +21,13 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
+from study_parts.processes import run_jobs
 from study_parts.result_table import read_results
 from study_parts.training import TrainingFolder, runner_config
-from tqdm import tqdm
 
 # Row -> changes of the model config, and of the runner config.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -127,10 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [
         job for job in wanted if not (study.folder / "results" / f"{job[0]}_{job[1]}.json").exists()
     ]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(result_of, study, *job, args.steps) for job in missing]
-        for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
-            print(json.dumps(future.result()), flush=True)
+    run_jobs(args.jobs, result_of, [(study, *job, args.steps) for job in missing])
     print(report(study))
     return 0
 

@@ -37,17 +37,15 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
 from study_parts.probes import PROBES, probe
+from study_parts.processes import run_jobs
 from study_parts.result_table import cell, read_results, write_csv
 from study_parts.rows import STUDENT
 from study_parts.training import TrainingFolder
-from tqdm import tqdm
 
 TEACHERS = {"hubert": "tiny_hubert", "robust_hubert": "tiny_robust_hubert", "wavlm": "tiny_wavlm"}
 LAYERS = [2, 4, 6]
@@ -201,10 +199,7 @@ def run_missing(study: Study, rows: Sequence[str], seeds: Sequence[int], jobs: i
     wanted = [(row, seed) for seed in seeds for row in rows]
     wanted += [(teacher, 0) for teacher in TEACHERS.values()]
     missing = [job for job in wanted if not result_path(study, *job).exists()]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(result_of, study, *job) for job in missing]
-        for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
-            print(json.dumps(future.result()), flush=True)
+    run_jobs(jobs, result_of, [(study, *job) for job in missing])
 
 
 # Report

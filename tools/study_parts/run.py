@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from s3prl_ekd.errors import SetupError
-from s3prl_ekd.system.jobs import PARENT, end_with_parent
 
 from .folder import StudyFolder
+from .processes import process_pool
 from .results import StudyResult, machine, probe_states, read_result, write_result
 from .rows import PROBED_SETS, Row, set_name, teacher_config
 
@@ -213,18 +211,6 @@ def run_missing(
                     failed.append(f"{name}: {error}")
                     tqdm.write(failed[-1])
     return len(todo) - done, failed
-
-
-def process_pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes that end, with the commands they run, when this one has ended."""
-    return ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=_start_process, initargs=(os.getpid(),)
-    )
-
-
-def _start_process(parent: int) -> None:
-    os.environ[PARENT] = str(parent)
-    end_with_parent()
 
 
 def check_results(
