@@ -106,6 +106,15 @@ def test_seeds_tested_on_different_utterances_are_an_error(tmp_path):
         report_of(tmp_path)
 
 
+def test_seeds_tested_with_different_labels_are_an_error(tmp_path):
+    one = write_run(tmp_path, "s", "sid", labels(3, 1), seed=1)
+    two = write_run(
+        tmp_path, "s", "sid", {u: (h, "z") for u, (h, _) in labels(3, 1).items()}, seed=2
+    )
+    with pytest.raises(DataError, match=f"{one} .*{two} .*clean"):
+        report_of(tmp_path)
+
+
 def test_upstreams_reported_together_or_separately(tmp_path):
     write_four(tmp_path, "a", pr=2)
     write_four(tmp_path, "b", pr=4)
@@ -165,11 +174,13 @@ def test_no_differences_between_different_test_sets(tmp_path):
     write_run(tmp_path, "b", "pr", words(2, count=19))
     other_reference = {k: (h, r.replace("w", "v", 1) + " w") for k, (h, r) in words(2).items()}
     write_run(tmp_path, "c", "pr", other_reference)
+    other_labels = {k: (h, r.replace("w", "v", 1)) for k, (h, r) in words(2).items()}
+    write_run(tmp_path, "d", "pr", other_labels)  # as long as those of a
     report = report_of(tmp_path)
-    assert report.difference("a", "b", "pr", "clean") is None
-    assert report.difference("a", "c", "pr", "clean") is None
+    for name in "bcd":
+        assert report.difference("a", name, "pr", "clean") is None
     (note,) = report.notes
-    assert "PR, clean" in note and "a 20, b 19, c 20" in note
+    assert "PR, clean" in note and "a 20, b 19, c 20, d 20" in note
     text = as_markdown(report, "a")
     assert "n/a" in text and note in text
 

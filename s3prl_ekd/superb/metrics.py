@@ -49,7 +49,7 @@ def compute_metrics(
 
     Raises:
         DataError: predictions are missing or damaged, or the seeds of one upstream were tested on
-            different utterances.
+            different utterances or labels.
     """
     tested = [s for s in selections if all(condition in run.tested for run in s.runs)]
     if not tested:
@@ -104,7 +104,7 @@ def _measure(selection: SelectedRuns, fold: str | None, condition: str) -> list[
     for run, samples in zip(runs, by_seed, strict=True):
         if test_set(samples) != test_set(by_seed[0]):
             raise DataError(
-                f"{runs[0].folder} and {run.folder} were tested on different utterances "
+                f"{runs[0].folder} and {run.folder} were tested on different utterances or labels "
                 f"({condition}); evaluate both on the same test set"
             )
     return list(zip(*by_seed, strict=True))

@@ -189,8 +189,8 @@ def _test_set_notes(
         if len({m.test_set for m in by_name.values()}) > 1:
             sizes = ", ".join(f"{name} {m.units}" for name, m in by_name.items())
             notes.append(
-                f"{task.upper()}, {condition}: test sets differ ({TASKS[task].unit}: {sizes}), so "
-                "these results are not comparable."
+                f"{task.upper()}, {condition}: test sets differ in {TASKS[task].unit} or labels "
+                f"({sizes}), so these results are not comparable."
             )
     return notes
 

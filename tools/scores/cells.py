@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,14 +84,15 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) ->
         per_seed = [[_count(run, metric, condition) for run in runs] for runs in complete.values()]
         folds = []
         for counts in zip(*per_seed, strict=True):
-            names, lengths = counts[0].names, counts[0].lengths
+            first = counts[0]
             for other in counts[1:]:
-                if other.names != names or (other.lengths != lengths).any():
+                if test_set([other]) != test_set([first]):
                     raise DataError(
                         f"{row}, {metric.task} ({condition}): the seeds have different test "
                         "utterances; evaluate all seeds on one test set"
                     )
-            folds.append(ErrorCounts(names, np.stack([c.errors for c in counts]), lengths))
+            errors = np.stack([c.errors for c in counts])
+            folds.append(replace(first, errors=errors))
         yield Cell(row, metric, condition, tuple(complete), tuple(folds))
 
 
