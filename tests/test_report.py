@@ -185,6 +185,19 @@ def test_no_differences_between_different_test_sets(tmp_path):
     assert "n/a" in text and note in text
 
 
+def test_no_differences_between_different_recipe_settings(tmp_path):
+    for name, digest in (("a", "1"), ("b", "2"), ("c", None), ("d", "1")):
+        write_run(tmp_path, name, "pr", words(2), recipe_digest=digest)
+    report = report_of(tmp_path)
+    comparable = {n for n in "bcd" if report.difference("a", n, "pr", "clean") is not None}
+    assert comparable == {"c", "d"}  # c: a record of an old version, without a digest
+    (note,) = report.notes
+    assert note.startswith("PR: ") and "--override" in note and " a, d and b," in note
+    text = as_markdown(report, "a")
+    row = next(s for s in text.split("## Differences")[1].splitlines() if s.startswith("| b "))
+    assert row.split("|")[2].strip() == "n/a" and note in text
+
+
 def test_tables(tmp_path):
     for seed in (1, 2):
         write_four(tmp_path, "a", seed=seed, sid=50 + 10 * seed, noise=("hum_snr5", "hum_snr10"))

@@ -158,6 +158,17 @@ def test_runs_that_are_not_comparable_are_an_error(tmp_path):
         read_results([one, folder])
 
 
+def test_runs_of_different_recipe_settings_are_not_averaged(tmp_path):
+    """Same YAML file, but with --override, edited in between, or on a corpus prepared again."""
+    for seed, digest in ((1, None), (2, "a"), (3, "a")):  # None: a record of an old version
+        write_run(tmp_path, "s", "pr", PAIRS, seed=seed, recipe_digest=digest)
+    write_run(tmp_path, "s", "sid", PAIRS, seed=2, recipe_digest="b")
+    assert select_best_lr(read_results([tmp_path]).runs)["s", "pr"].recipe_digest == "a"
+    other = write_run(tmp_path, "s", "pr", PAIRS, lr=0.1, seed=4, recipe_digest="b")
+    with pytest.raises(EkdError, match=f"seed2 .*{other} .*--override.*corpus.*move one"):
+        read_results([tmp_path])
+
+
 def test_a_model_under_two_paths_is_one_model(tmp_path):
     """Its digest decides, and the path only in records of old versions, which have none."""
     write_run(tmp_path / "one", "student", "pr", PAIRS, model="a")

@@ -273,6 +273,42 @@ def test_another_model_under_the_same_name_is_an_error(in_superb_workspace, tmp_
         superb.check_records([er])
 
 
+def test_a_run_with_other_settings_of_the_recipe_is_an_error(in_superb_workspace, tmp_path):
+    """Before it is trained: `report` would not average it with the runs that are there."""
+    (first,) = plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[1])
+    write_record(first)
+    superb.check_records(plan_runs(tmp_path, "fbank", seeds=[2], lr=["sid=0.1"]))
+    superb.check_records(plan_runs(tmp_path, "mfcc", seeds=[2], steps=["8"]))
+    pooling = "sid=args.upstream_layer_selection=1"  # not in the config
+    for changes in ({"steps": ["8"]}, {"override": [pooling]}):
+        runs = plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[2], **changes)
+        with pytest.raises(SetupError, match=f"{first.folder} .*--override.*{first.folder.parent}"):
+            superb.check_records(runs)
+        assert runs[0].digest != plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[2])[0].digest
+    write_record(first, recipe_digest=None)  # of an old version
+    superb.check_records(runs)
+
+
+def test_what_the_digest_of_a_recipe_covers(in_superb_workspace, tmp_path):
+    options = {"lr": ["0.1,0.2"], "seeds": [1, 2]}
+    runs = plan_runs(tmp_path, "fbank", "mfcc", **options)
+    records = [run.new_record() for run in runs]
+    for task in ("sid", "er"):
+        assert len({r.recipe_digest for r in records if r.task == task}) == 1
+    lr = "config.optimizer.lr=0.3"
+    (same,) = plan_runs(tmp_path, "fbank", tasks=["sid"], override=[lr])
+    (other,) = plan_runs(tmp_path, "fbank", tasks=["sid"], override=[f"{lr},,config.a=1"])
+    digests = {r.recipe_digest for r in records if r.task == "sid"}
+    assert {same.new_record().recipe_digest} == digests != {other.new_record().recipe_digest}
+    table = in_superb_workspace / "data/sid/prepared.tsv"
+    text = table.read_text()
+    try:
+        table.write_text(text.replace("\t", "\t ", 1))
+        assert {same.new_record().recipe_digest} != digests
+    finally:
+        table.write_text(text)
+
+
 def test_the_digest_of_a_run_covers_the_corpus(in_superb_workspace, tmp_path):
     """A corpus prepared with other options may have the same file names."""
     (run,) = plan_runs(tmp_path, "fbank", tasks=["sid"])

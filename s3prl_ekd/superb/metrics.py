@@ -28,6 +28,11 @@ class TaskMetric(Estimate):
     units: int  # of all folds together: utterances, for some tasks recordings, speakers or queries
     test_set: tuple  # see :func:`test_set`
 
+    def is_comparable(self, other: TaskMetric) -> bool:
+        """Whether test set and recipe are the same, as far as the records tell."""
+        recipes = {self.selection.recipe_digest, other.selection.recipe_digest} - {None}
+        return self.test_set == other.test_set and len(recipes) <= 1
+
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds; None for a single seed."""

@@ -24,6 +24,7 @@ from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import (
     apply_overrides,
+    argument_overrides,
     from_plain_data,
     override_value,
     read_yaml,
@@ -46,6 +47,7 @@ from .results import CLEAN, UNTRAINED, DevMetric, RunRecord
 SEARCH = "search"  # --lr search
 SEED = 1337  # by default
 FEATURES = ".features"  # cached hidden states, in the output folder
+_DATA = f"{EXPERT}.datarc"
 _NAME = r"[\w.-]+"  # an upstream's name, also the name of its folder
 
 
@@ -211,13 +213,26 @@ class Recipe:
         files = {table.resolve() for table in tables if table.is_file()}
         return sorted(map(file_sha256, files))
 
+    def digest(self, folder: Path) -> str:
+        """SHA-256 of all settings but the learning rate and the fold, and of the prepared corpus.
+
+        Runs with equal digests can be compared.
+        """
+        config = self.config
+        for section, key in ((EXPERT, "max_workers"), ("optimizer", "lr"), (_DATA, "test_fold")):
+            values = value_at(config, section)
+            if isinstance(values, dict):
+                values.pop(key, None)
+        arguments = argument_overrides(self.overrides)
+        return _digest([self.task.downstream, config, arguments, self.data_digests(folder)])
+
     def folds(self) -> list[str | None]:
         """The test folds of the recipe's data; see :meth:`.Task.folds`."""
         return self.task.folds(self.config, self.path)
 
 
 def _fold_override(fold: str) -> str:
-    return f"config.downstream_expert.datarc.test_fold={fold!r}"
+    return f"config.{_DATA}.test_fold={fold!r}"
 
 
 def steps_overrides(steps: int) -> str:
@@ -305,6 +320,8 @@ class PlannedRun:
             config[EXPERT].pop("max_workers", None)  # of QbE: how many processes
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
+        if arguments := argument_overrides(self.recipe.overrides):
+            facts.append(arguments)
         if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
         return _digest(facts)
@@ -326,6 +343,7 @@ class PlannedRun:
             "digest": self.digest,
             "features_alone": self.features is not None,
             "model": self.upstream.digest,
+            "recipe_digest": self.recipe.digest(Path.cwd()),
         }
         return from_plain_data(RunRecord, values, f"the run in {self.folder}")
 

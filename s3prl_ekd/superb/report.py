@@ -66,15 +66,18 @@ class Report:
     def difference(
         self, upstream: str, baseline: str, column: str, condition: str
     ) -> Difference | None:
-        """``upstream`` minus ``baseline``; None if a metric is missing or the test sets differ."""
+        """``upstream`` minus ``baseline``; None if a metric is missing or they are not comparable.
+
+        See :meth:`.TaskMetric.is_comparable`.
+        """
         a = self.metrics.get((upstream, column, condition))
         b = self.metrics.get((baseline, column, condition))
-        if a is None or b is None or a.test_set != b.test_set:
+        if a is None or b is None or not a.is_comparable(b):
             return None
         return _difference(a, b, higher=COLUMNS[column].metric.higher_is_better)
 
     def score_difference(self, upstream: str, baseline: str) -> Difference | None:
-        """Difference of the SUPERB scores; None unless their tasks had the same test sets."""
+        """Difference of the SUPERB scores; None unless their tasks are comparable."""
         if upstream not in self.scores or baseline not in self.scores:
             return None
         if any(self.difference(upstream, baseline, t, CLEAN) is None for t in DEFAULT_TASKS):
@@ -113,6 +116,7 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
             metrics[metric.selection.upstream, metric.column, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _test_set_notes(cells, metrics)
+    notes += _recipe_notes(tasks, selections)
     notes += _selection_notes(tasks)
     notes += _padding_notes(selections)
     if results.unfinished:
@@ -193,6 +197,34 @@ def _test_set_notes(
                 f"({sizes}), so these results are not comparable."
             )
     return notes
+
+
+def _recipe_notes(
+    tasks: Iterable[str], selections: Mapping[tuple[str, str], SelectedRuns]
+) -> list[str]:
+    """A note for each task whose recipe or prepared corpus differs between upstreams."""
+    notes = []
+    for task in tasks:
+        digests = {u: s.recipe_digest for (u, name), s in selections.items() if name == task}
+        groups = _groups(digests)
+        if groups:
+            notes.append(
+                f"{task.upper()}: settings of the recipe (--override, an edited YAML) or the "
+                f"prepared corpus differ between {groups}, so these results are not comparable."
+            )
+    return notes
+
+
+def _groups(digests: Mapping[str, str | None]) -> str:
+    """The upstreams by digest, ``a, c and b``; empty if there are no two different ones.
+
+    An upstream without a digest (None) is left out.
+    """
+    by_digest: dict[str, list[str]] = {}
+    for upstream, digest in digests.items():
+        if digest is not None:
+            by_digest.setdefault(digest, []).append(upstream)
+    return " and ".join(map(", ".join, by_digest.values())) if len(by_digest) > 1 else ""
 
 
 def split_condition(condition: str) -> tuple[str, float] | None:

@@ -82,6 +82,8 @@ class RunRecord:
         features_alone: hidden states without padding (``--cache-features``).
         model: SHA-256 of what determines the upstream's outputs; None in records of old versions.
         noises: condition -> SHA-256 of its noises.
+        recipe_digest: SHA-256 of the recipe's settings without learning rate and fold, and of the
+            prepared corpus; None in records of old versions.
     """
 
     format: Literal[1]
@@ -103,6 +105,7 @@ class RunRecord:
     features_alone: bool = False
     model: str | None = None
     noises: dict[str, str] = field(default_factory=dict)
+    recipe_digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -264,6 +267,11 @@ class SelectedRuns:
     def folds(self) -> tuple[str | None, ...]:
         return tuple(dict.fromkeys(run.fold for run in self.runs))
 
+    @property
+    def recipe_digest(self) -> str | None:
+        """That of the runs; None if all are of old versions."""
+        return next((run.recipe_digest for run in self.runs if run.recipe_digest), None)
+
 
 def read_results(folders: Sequence[Path]) -> Results:
     """Read all runs in ``folders``, each a root or the folder of an upstream, a task or a run.
@@ -328,12 +336,24 @@ def _check_comparable(runs: Iterable[FinishedRun]) -> None:
         other = first.setdefault(task, run)
         if (other.recipe, other.steps, other.split) != (run.recipe, run.steps, run.split):
             raise _not_comparable(other, run, "differ in recipe, steps or test set")
+        if run.recipe_digest is not None:  # unknown in records of old versions
+            other = first.setdefault((*task, "recipe"), run)
+            if other.recipe_digest != run.recipe_digest:
+                raise _not_comparable(
+                    other,
+                    run,
+                    "differ in settings of the recipe (--override, an edited YAML) or in the "
+                    "prepared corpus",
+                )
         if other.features_alone != run.features_alone:
             raise _not_comparable(other, run, "differ in --cache-features, which changes scores")
 
 
 def _not_comparable(first: FinishedRun, second: FinishedRun, reason: str) -> DataError:
-    return DataError(f"{first.folder} and {second.folder} {reason}; report them separately")
+    return DataError(
+        f"{first.folder} and {second.folder} {reason}; move one of them away, or report them "
+        "separately"
+    )
 
 
 def select_best_lr(

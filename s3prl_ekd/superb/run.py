@@ -54,7 +54,8 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
 
     Raises:
         SetupError: a folder contains another run; a condition was tested with other noises; or runs
-            of the upstream, on any task, used another model (a report would show both as one).
+            of the upstream used another model or, on a task, another recipe (a report would show
+            both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -77,13 +78,25 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
                     f"{run.folder}: condition {condition} was tested with different noises than "
                     f"those in {run.noises[condition][0]}; rename that folder"
                 )
+    recipes = {run.task.name: run.recipe for run in runs}
+    recipe_digests = {task: recipe.digest(Path.cwd()) for task, recipe in recipes.items()}
     for upstream, root in {run.upstream: run.root for run in runs}.items():
         for folder in recorded_folders(root, upstream.name):
             record = read_record(folder)
-            if record and record.model not in (None, upstream.digest):
+            if record is None:
+                continue
+            if record.model not in (None, upstream.digest):
                 raise SetupError(
                     f"{folder} contains a run of a different model than the current "
                     f"{upstream.name}; move {root / upstream.name} away, rename the upstream "
+                    "(NAME=CHECKPOINT), or choose another -o"
+                )
+            digests = {record.recipe_digest, recipe_digests.get(record.task)} - {None}
+            if record.finished and len(digests) > 1:
+                raise SetupError(
+                    f"{folder} contains a run of {record.task} with other settings (--override, "
+                    "--steps, an edited YAML) or another prepared corpus, which `report` does not "
+                    f"average with the new ones; move {folder.parent} away, rename the upstream "
                     "(NAME=CHECKPOINT), or choose another -o"
                 )
 
@@ -211,7 +224,10 @@ def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunReco
         The run's record, which is written too. It has the checkpoint with the best dev score, if
         the recipe has a dev set.
     """
-    record = read_record(run.folder) or run.new_record()
+    new = run.new_record()
+    record = read_record(run.folder) or new
+    if record.recipe_digest is None:  # of an old version, and with the digest of this run
+        record = replace(record, recipe_digest=new.recipe_digest)
     if record.upstream != run.upstream.name:
         logger.info("%s: upstream renamed, it was %s", run.folder, record.upstream)
         record = replace(record, upstream=run.upstream.name)
