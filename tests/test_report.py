@@ -185,6 +185,23 @@ def test_no_differences_between_different_test_sets(tmp_path):
     assert "n/a" in text and note in text
 
 
+def test_noises_of_one_name_with_different_contents(tmp_path):
+    pairs = {"clean": words(1), "hum_snr5": words(2)}
+    for name, digest in (("a", "1"), ("b", "2"), ("c", None), ("d", "1")):
+        noises = {} if digest is None else {"hum_snr5": digest}  # none in an old record
+        write_run(tmp_path, name, "pr", pairs, seed=1, noises=noises)
+    report = report_of(tmp_path)
+    noisy = {n for n in "bcd" if report.difference("a", n, "pr", "hum_snr5") is not None}
+    assert noisy == {"c", "d"} and report.difference("a", "b", "pr", "clean") is not None
+    (note,) = report.notes
+    assert "PR, hum_snr5: noises" in note and " a, d and b," in note
+    write_run(tmp_path, "a", "pr", pairs, seed=2)
+    report_of(tmp_path)
+    folder = write_run(tmp_path, "a", "pr", pairs, seed=3, noises={"hum_snr5": "2"})
+    with pytest.raises(DataError, match=f"seed1/noisy/hum_snr5 and {folder}/noisy/hum_snr5 "):
+        report_of(tmp_path)
+
+
 def test_no_differences_between_different_recipe_settings(tmp_path):
     for name, digest in (("a", "1"), ("b", "2"), ("c", None), ("d", "1")):
         write_run(tmp_path, name, "pr", words(2), recipe_digest=digest)

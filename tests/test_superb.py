@@ -254,11 +254,20 @@ def test_a_condition_tested_with_different_noises_is_an_error(in_superb_workspac
     a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
     options = {"tasks": ["sid"], "snr": [5.0]}
     (run,) = plan_runs(tmp_path, "fbank", noise=[a], **options)
-    write_record(run, noises={"rain_snr5": noise_digest(a)})
+    tested = {"clean": ".", "rain_snr5": "noisy/rain_snr5"}
+    write_record(run, noises={"rain_snr5": noise_digest(a)}, tested=tested)
+    predictions = run.folder / "noisy/rain_snr5"
+    predictions.mkdir(parents=True)
     superb.check_records([run])
-    (run,) = plan_runs(tmp_path, "fbank", noise=[b], **options)
-    with pytest.raises(SetupError, match=f"{run.folder}.* rain_snr5 .*{b}"):
-        superb.check_records([run])
+    same, seed, task = (
+        plan_runs(tmp_path, "fbank", noise=[b], snr=[5.0], **changes)
+        for changes in ({"tasks": ["sid"]}, {"tasks": ["sid"], "seeds": [2]}, {"tasks": ["er"]})
+    )
+    for runs in (same, seed, task):
+        with pytest.raises(SetupError, match=f"{predictions} .*{b}"):
+            superb.check_records(runs)
+    predictions.rmdir()
+    superb.check_records(same)  # it will be tested again
 
 
 def test_another_model_under_the_same_name_is_an_error(in_superb_workspace, tmp_path):

@@ -186,16 +186,19 @@ def _test_set_notes(
     cells: Iterable[tuple[str, str]],
     metrics: Mapping[tuple[str, str, str], TaskMetric],
 ) -> list[str]:
-    """A note for each task and condition whose test set differs between upstreams."""
+    """A note for each task and condition whose test set or noises differ between upstreams."""
     notes = []
+    end = "so these results are not comparable."
     for task, condition in cells:  # the column of a task's main metric has its name
         by_name = {name: m for (name, *cell), m in metrics.items() if cell == [task, condition]}
         if len({m.test_set for m in by_name.values()}) > 1:
             sizes = ", ".join(f"{name} {m.units}" for name, m in by_name.items())
             notes.append(
                 f"{task.upper()}, {condition}: test sets differ in {TASKS[task].unit} or labels "
-                f"({sizes}), so these results are not comparable."
+                f"({sizes}), {end}"
             )
+        if groups := _groups({name: m.noises for name, m in by_name.items()}):
+            notes.append(f"{task.upper()}, {condition}: noises differ between {groups}, {end}")
     return notes
 
 
@@ -206,8 +209,7 @@ def _recipe_notes(
     notes = []
     for task in tasks:
         digests = {u: s.recipe_digest for (u, name), s in selections.items() if name == task}
-        groups = _groups(digests)
-        if groups:
+        if groups := _groups(digests):
             notes.append(
                 f"{task.upper()}: settings of the recipe (--override, an edited YAML) or the "
                 f"prepared corpus differ between {groups}, so these results are not comparable."

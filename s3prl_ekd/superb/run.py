@@ -53,9 +53,9 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
     """Check that existing records belong to these runs, so that no other run is overwritten.
 
     Raises:
-        SetupError: a folder contains another run; a condition was tested with other noises; or runs
-            of the upstream used another model or, on a task, another recipe (a report would show
-            both as one).
+        SetupError: a folder contains another run; or runs of the upstream used another model, were
+            tested with other noises of the same name or, on a task, used another recipe (a report
+            would show both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -72,19 +72,21 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
                 f"corpus; move it away, rename the upstream (NAME=CHECKPOINT), or choose another "
                 f"-o{hint}"
             )
-        for condition, digest in record.noises.items():
-            if condition in run.noises and digest != noise_digest(run.noises[condition][0]):
-                raise SetupError(
-                    f"{run.folder}: condition {condition} was tested with different noises than "
-                    f"those in {run.noises[condition][0]}; rename that folder"
-                )
     recipes = {run.task.name: run.recipe for run in runs}
     recipe_digests = {task: recipe.digest(Path.cwd()) for task, recipe in recipes.items()}
-    for upstream, root in {run.upstream: run.root for run in runs}.items():
+    for run in {run.upstream: run for run in runs}.values():
+        upstream, root = run.upstream, run.root
         for folder in recorded_folders(root, upstream.name):
             record = read_record(folder)
             if record is None:
                 continue
+            for condition in record.noises.keys() & run.noises.keys() & record.tested.keys():
+                noises, tested = run.noises[condition][0], folder / record.tested[condition]
+                if tested.is_dir() and record.noises[condition] != noise_digest(noises):
+                    raise SetupError(
+                        f"{tested} is a test with different noises than those in {noises}; rename "
+                        "the folder of the noises, or remove that of the test"
+                    )
             if record.model not in (None, upstream.digest):
                 raise SetupError(
                     f"{folder} contains a run of a different model than the current "
