@@ -298,6 +298,22 @@ def test_a_run_with_other_settings_of_the_recipe_is_an_error(in_superb_workspace
     superb.check_records(runs)
 
 
+def test_the_record_names_all_folds(in_superb_workspace, tmp_path):
+    runs = plan_runs(tmp_path, "fbank")
+    er = [run for run in runs if run.task.name == "er"]
+    assert {tuple(run.new_record().folds) for run in er} == {tuple(run.fold for run in er)}
+    (sid,) = (run for run in runs if run.task.name == "sid")
+    assert sid.new_record().folds is None
+
+
+def test_an_unfinished_record_of_an_old_version_is_completed(in_superb_workspace, tmp_path):
+    (run,) = plan_runs(tmp_path, "fbank", tasks=["er"])
+    write_record(run, recipe_digest=None, folds=None, finished=False, seconds=1.0)
+    superb.train(run, lambda request: None)
+    record, new = superb.read_record(run.folder), run.new_record()
+    assert (record.recipe_digest, record.folds) == (new.recipe_digest, ["fold1"])
+
+
 def test_what_the_digest_of_a_recipe_covers(in_superb_workspace, tmp_path):
     options = {"lr": ["0.1,0.2"], "seeds": [1, 2]}
     runs = plan_runs(tmp_path, "fbank", "mfcc", **options)

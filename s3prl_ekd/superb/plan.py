@@ -328,6 +328,7 @@ class PlannedRun:
 
     def new_record(self) -> RunRecord:
         """The record of the run before it starts."""
+        folds = [fold for fold in self.recipe.folds() if fold is not None]
         values = {
             "format": 1,
             "upstream": self.upstream.name,
@@ -344,6 +345,7 @@ class PlannedRun:
             "features_alone": self.features is not None,
             "model": self.upstream.digest,
             "recipe_digest": self.recipe.digest(Path.cwd()),
+            "folds": folds or None,
         }
         return from_plain_data(RunRecord, values, f"the run in {self.folder}")
 

@@ -117,6 +117,7 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _test_set_notes(cells, metrics)
     notes += _recipe_notes(tasks, selections)
+    notes += _fold_notes(selections)
     notes += _selection_notes(tasks)
     notes += _padding_notes(selections)
     if results.unfinished:
@@ -199,6 +200,20 @@ def _test_set_notes(
             )
         if groups := _groups({name: m.noises for name, m in by_name.items()}):
             notes.append(f"{task.upper()}, {condition}: noises differ between {groups}, {end}")
+    return notes
+
+
+def _fold_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[str]:
+    """A note for each upstream with a gap in its folds, if its records do not name the recipe's."""
+    notes = []
+    for (upstream, task), selection in selections.items():
+        if any(run.folds for run in selection.runs):
+            continue
+        numbers = {int(fold.removeprefix("fold")) for fold in selection.folds if fold}
+        missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
+        if missing:
+            names = ", ".join(f"fold{number}" for number in missing)
+            notes.append(f"{task.upper()}, {upstream}: no {names}; the mean is over the others.")
     return notes
 
 

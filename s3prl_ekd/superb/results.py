@@ -84,6 +84,8 @@ class RunRecord:
         noises: condition -> SHA-256 of its noises.
         recipe_digest: SHA-256 of the recipe's settings without learning rate and fold, and of the
             prepared corpus; None in records of old versions.
+        folds: all test folds of the recipe; None for a task without folds, and in records of old
+            versions.
     """
 
     format: Literal[1]
@@ -106,6 +108,7 @@ class RunRecord:
     model: str | None = None
     noises: dict[str, str] = field(default_factory=dict)
     recipe_digest: str | None = None
+    folds: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -115,6 +118,10 @@ class RunRecord:
         if bool(re.fullmatch(r"fold\d+", self.fold or "")) != has_folds:
             folds = "fold1, ..." if has_folds else "null"
             raise ValueError(f"fold must be {folds} for {task.name}, got {self.fold!r}")
+        if self.folds is not None and self.fold not in self.folds:
+            raise ValueError(f"folds must contain {self.fold}, got {self.folds}")
+        if not all(re.fullmatch(r"fold\d+", fold) for fold in self.folds or ()):
+            raise ValueError(f"folds must be like fold1, got {self.folds}")
         metric = self.dev.metric if self.dev else task.dev.name
         if (self.split, metric) != (task.split, task.dev.name):
             raise ValueError(
@@ -363,13 +370,13 @@ def select_best_lr(
 
     Best is the lowest or highest mean over seeds and folds of the metric that chooses the
     checkpoints (:attr:`.Task.dev`); ties go to the smallest learning rate. A learning rate is
-    considered only if it has every seed with every fold. If there is none, the upstream and task
-    are left out; see :func:`incomplete`.
+    considered only if it has every seed with every fold, because ER is a mean over all folds: those
+    of the recipe, as far as it is recorded, and of the runs, also unfinished ones. If there is
+    none, the upstream and task are left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.
-        unfinished: folders of unfinished runs. Their folds are required too, because ER is a mean
-            over all folds.
+        unfinished: folders of unfinished runs.
 
     Returns:
         (upstream, task) -> runs at the best learning rate, in the order of ``runs``.
@@ -424,6 +431,7 @@ def _by_task(
     for task, by_lr in by_task.items():
         keys = {key for group in by_lr.values() for key in group}
         folds = {fold for _, fold in keys}
+        folds.update(*(run.folds or () for group in by_lr.values() for run in group.values()))
         matches = (_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == task)
         folds |= {match["fold"] for match in matches if match and match["fold"]}
         grouped[task] = set(product({seed for seed, _ in keys}, folds)), by_lr

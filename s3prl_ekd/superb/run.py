@@ -229,7 +229,7 @@ def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunReco
     new = run.new_record()
     record = read_record(run.folder) or new
     if record.recipe_digest is None:  # of an old version, and with the digest of this run
-        record = replace(record, recipe_digest=new.recipe_digest)
+        record = replace(record, recipe_digest=new.recipe_digest, folds=new.folds)
     if record.upstream != run.upstream.name:
         logger.info("%s: upstream renamed, it was %s", run.folder, record.upstream)
         record = replace(record, upstream=run.upstream.name)
