@@ -1,5 +1,6 @@
 """The plan of `s3prl-ekd superb`, and its errors."""
 
+import argparse
 import json
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
+from s3prl_ekd.commands import superb as superb_command
 from s3prl_ekd.downstream.tasks import choose_tasks
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
 from s3prl_ekd.request import DownstreamRequest
@@ -210,6 +212,51 @@ def test_the_digest_of_a_run_covers_what_determines_its_result(in_superb_workspa
     (first.folder / superb.RECORD).write_text("[]")
     with pytest.raises(DataError, match=str(first.folder / superb.RECORD)):
         superb.check_records([first])
+
+
+def parsed_runs(*options):
+    """The runs that a command plans."""
+    parser = argparse.ArgumentParser()
+    superb_command.configure(parser)
+    return superb_plan.plan_runs(parser.parse_args(["fbank", "--recipes", "tiny", *options]))
+
+
+def test_repeated_options(in_superb_workspace, tmp_path, capsys):
+    """None is dropped, and a value with a task's name replaces a general one."""
+    options = "--tasks sid --tasks er --seeds 1 --seeds 2 --lr sid=0.1 --lr 0.2 --lr sid=0.3"
+    options += " --override sid=config.a=1 --override config.a=2,,config.b=2"
+    options += " --override sid=config.c=3 --steps sid=8 --steps 4"
+    runs = parsed_runs(*options.split())
+    assert {(r.task.name, r.lr, r.seed) for r in runs} == {
+        (task, lr, seed)
+        for task, lrs in (("sid", (0.1, 0.3)), ("er", (0.2,)))
+        for lr in lrs
+        for seed in (1, 2)
+    }
+    config = {run.task.name: run.config for run in runs}
+    assert [config["sid"][key] for key in "abc"] == [1, 2, 3] and config["er"]["a"] == 2
+    assert [config[name]["runner"]["total_steps"] for name in ("sid", "er")] == [8, 4]
+    for name in ("hum", "rain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.flac").touch()
+    hum, rain = (("--noise", str(tmp_path / name)) for name in ("hum", "rain"))
+    (run,) = parsed_runs("--tasks", "sid", *hum, *rain, "--snr", "5", "--snr", "0")
+    assert run.noises.keys() == {"hum_snr5", "hum_snr0", "rain_snr5", "rain_snr0"}
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--steps", ("sid=8", "sid=4")),
+        ("--steps", ("8", "4")),
+        ("--recipe", ("sid=a.yaml", "sid=b.yaml")),
+        ("--lr", ("sid=search", "sid=0.1")),
+        ("--lr", ("sid=0.1", "sid=1e-1")),
+    ],
+)
+def test_repeated_options_that_exclude_each_other(in_superb_workspace, option, values):
+    with pytest.raises(SetupError, match=f"^{option}"):
+        parsed_runs("--tasks", "sid", option, values[0], option, values[1])
 
 
 def test_noise_and_snr_are_given_together(tmp_path):
