@@ -20,9 +20,10 @@ from ..downstream.tasks import TASKS, Task
 from ..errors import ConfigError, DataError
 from ..files.config import from_plain_data
 from ..files.formats import check_format_version
+from ..files.run_checkpoints import RECORD
 from ..files.text import read_json
 
-RECORD, COST = "superb.json", "cost.json"
+COST = "cost.json"
 RecordT = TypeVar("RecordT")
 
 CLEAN = "clean"  # the condition without noise

@@ -26,7 +26,7 @@ from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import NewerFormatError
-from ..files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
+from ..files.run_checkpoints import RECORD, newest_checkpoint, read_checkpoint, run_checkpoints
 from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
 from ..system.jobs import Jobs
@@ -35,7 +35,6 @@ from ..system.torchrun import torchrun_command
 from .plan import PlannedRun, noise_digest
 from .results import (
     CLEAN,
-    RECORD,
     DevMetric,
     RunRecord,
     read_finished_run,
