@@ -106,6 +106,15 @@ def test_seeds_tested_on_different_utterances_are_an_error(tmp_path):
         report_of(tmp_path)
 
 
+def test_seeds_tested_with_different_labels_are_an_error(tmp_path):
+    one = write_run(tmp_path, "s", "sid", labels(3, 1), seed=1)
+    two = write_run(
+        tmp_path, "s", "sid", {u: (h, "z") for u, (h, _) in labels(3, 1).items()}, seed=2
+    )
+    with pytest.raises(DataError, match=f"{one} .*{two} .*clean"):
+        report_of(tmp_path)
+
+
 def test_upstreams_reported_together_or_separately(tmp_path):
     write_four(tmp_path, "a", pr=2)
     write_four(tmp_path, "b", pr=4)
@@ -165,13 +174,45 @@ def test_no_differences_between_different_test_sets(tmp_path):
     write_run(tmp_path, "b", "pr", words(2, count=19))
     other_reference = {k: (h, r.replace("w", "v", 1) + " w") for k, (h, r) in words(2).items()}
     write_run(tmp_path, "c", "pr", other_reference)
+    other_labels = {k: (h, r.replace("w", "v", 1)) for k, (h, r) in words(2).items()}
+    write_run(tmp_path, "d", "pr", other_labels)  # as long as those of a
     report = report_of(tmp_path)
-    assert report.difference("a", "b", "pr", "clean") is None
-    assert report.difference("a", "c", "pr", "clean") is None
+    for name in "bcd":
+        assert report.difference("a", name, "pr", "clean") is None
     (note,) = report.notes
-    assert "PR, clean" in note and "a 20, b 19, c 20" in note
+    assert "PR, clean" in note and "a 20, b 19, c 20, d 20" in note
     text = as_markdown(report, "a")
     assert "n/a" in text and note in text
+
+
+def test_noises_of_one_name_with_different_contents(tmp_path):
+    pairs = {"clean": words(1), "hum_snr5": words(2)}
+    for name, digest in (("a", "1"), ("b", "2"), ("c", None), ("d", "1")):
+        noises = {} if digest is None else {"hum_snr5": digest}  # none in an old record
+        write_run(tmp_path, name, "pr", pairs, seed=1, noises=noises)
+    report = report_of(tmp_path)
+    noisy = {n for n in "bcd" if report.difference("a", n, "pr", "hum_snr5") is not None}
+    assert noisy == {"c", "d"} and report.difference("a", "b", "pr", "clean") is not None
+    (note,) = report.notes
+    assert "PR, hum_snr5: noises" in note and " a, d and b," in note
+    write_run(tmp_path, "a", "pr", pairs, seed=2)
+    report_of(tmp_path)
+    folder = write_run(tmp_path, "a", "pr", pairs, seed=3, noises={"hum_snr5": "2"})
+    with pytest.raises(DataError, match=f"seed1/noisy/hum_snr5 and {folder}/noisy/hum_snr5 "):
+        report_of(tmp_path)
+
+
+def test_no_differences_between_different_recipe_settings(tmp_path):
+    for name, digest in (("a", "1"), ("b", "2"), ("c", None), ("d", "1")):
+        write_run(tmp_path, name, "pr", words(2), recipe_digest=digest)
+    report = report_of(tmp_path)
+    comparable = {n for n in "bcd" if report.difference("a", n, "pr", "clean") is not None}
+    assert comparable == {"c", "d"}  # c: a record of an old version, without a digest
+    (note,) = report.notes
+    assert note.startswith("PR: ") and "--override" in note and " a, d and b," in note
+    text = as_markdown(report, "a")
+    row = next(s for s in text.split("## Differences")[1].splitlines() if s.startswith("| b "))
+    assert row.split("|")[2].strip() == "n/a" and note in text
 
 
 def test_tables(tmp_path):

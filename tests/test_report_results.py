@@ -93,6 +93,9 @@ def test_prediction_files(tmp_path):
         ({"format": 0}, r"\bformat\b.*\b0\b"),
         ({"fold": "fold1"}, r"\bfold\b.*\bpr\b.*'fold1'"),
         ({"task": "er", "fold": "../x"}, r"\bfold\b.*'\.\./x'"),
+        ({"task": "er", "fold": "fold1", "folds": ["fold2"]}, r"\bfolds\b.*fold1.*fold2"),
+        ({"task": "er", "fold": "fold1", "folds": ["fold1", "x"]}, r"\bfolds\b.*'x'"),
+        ({"folds": ["fold1"]}, r"\bfolds\b.*fold1"),
         (
             {"dev": {"metric": "wer", "value": 1.0, "checkpoint": "a.ckpt"}},
             r"dev\.metric.* per\b.*'wer'",
@@ -158,6 +161,17 @@ def test_runs_that_are_not_comparable_are_an_error(tmp_path):
         read_results([one, folder])
 
 
+def test_runs_of_different_recipe_settings_are_not_averaged(tmp_path):
+    """Same YAML file, but with --override, edited in between, or on a corpus prepared again."""
+    for seed, digest in ((1, None), (2, "a"), (3, "a")):  # None: a record of an old version
+        write_run(tmp_path, "s", "pr", PAIRS, seed=seed, recipe_digest=digest)
+    write_run(tmp_path, "s", "sid", PAIRS, seed=2, recipe_digest="b")
+    assert select_best_lr(read_results([tmp_path]).runs)["s", "pr"].recipe_digest == "a"
+    other = write_run(tmp_path, "s", "pr", PAIRS, lr=0.1, seed=4, recipe_digest="b")
+    with pytest.raises(EkdError, match=f"seed2 .*{other} .*--override.*corpus.*move one"):
+        read_results([tmp_path])
+
+
 def test_a_model_under_two_paths_is_one_model(tmp_path):
     """Its digest decides, and the path only in records of old versions, which have none."""
     write_run(tmp_path / "one", "student", "pr", PAIRS, model="a")
@@ -207,6 +221,22 @@ def test_er_needs_all_folds(tmp_path):
     results = read_results([tmp_path])
     assert set(select_best_lr(results.runs, results.unfinished)) == {("other", "er")}
     assert incomplete(results.runs, results.unfinished) == ["s, er, lr 0.001: no seed 1337 fold3"]
+
+
+def test_er_needs_the_folds_that_were_planned(tmp_path):
+    """Also those without a folder: removed, or never begun."""
+    folds = ["fold1", "fold2", "fold3"]
+    for fold in ("fold1", "fold3"):
+        write_run(tmp_path, "s", "er", PAIRS, fold=fold, folds=folds)
+        write_run(tmp_path, "old", "er", PAIRS, fold=fold)  # a record of an old version
+        write_run(tmp_path, "two", "er", PAIRS, fold=fold, folds=["fold1", "fold3"])
+    runs = read_results([tmp_path]).runs
+    assert {name for name, _ in select_best_lr(runs)} == {"old", "two"}
+    assert incomplete(runs) == ["s, er, lr 0.001: no seed 1337 fold2"]
+    notes = make_report(read_results([tmp_path]), 100).notes
+    assert len(notes) == 2 and "fold2" in notes[0] and notes[1].startswith("ER, old: no fold2;")
+    write_run(tmp_path, "s", "er", PAIRS, fold="fold2")  # a record of an old version
+    assert ("s", "er") in select_best_lr(read_results([tmp_path]).runs)
 
 
 def test_no_complete_learning_rate(tmp_path):

@@ -27,6 +27,7 @@ from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import command
+from .corpora import write_noise
 from .kill_and_resume import flat_values, unequal
 from .superb_runs import write_run
 from .superb_workspace import short_runs
@@ -138,6 +139,33 @@ def test_predictions_go_to_the_folder_of_the_checkpoint(downstream, workspace, c
     assert (workspace / "copy/test_predict.txt").stat().st_size
     assert contents(workspace / "result") == before
     assert re.search(r"result/downstream/x\b.*\bcopy\b", caplog.text)
+
+
+def test_results_of_superb_are_not_overwritten_by_hand(downstream, workspace, capsys):
+    """`report` and `predict-zip` read the predictions in the folder of a run of superb."""
+    run, best = "result/downstream/x", "result/downstream/x/states-8.ckpt"
+    write_noise(workspace / "rain/0.wav", 20000)
+    Path(run, "superb.json").write_text('{"seconds": 1.0}')  # trained
+    before = contents(Path(run))
+    longer = ("-m", "train", "-o", "config.runner.total_steps=12")
+    for argv in (
+        (*EVALUATE, "-e", best),
+        (*EVALUATE, "-e", run),
+        (*EVALUATE, "-e", best, "--noise", "rain", "--snr", "0"),
+        (*EVALUATE, "-e", best, "-p", f"{run}/noisy/rain_snr0"),
+        (*EVALUATE, "-e", best, "-o", f"args.expdir='{run}/states-8'"),
+        (*longer, "-e", best),
+        (*longer, "-p", run, "-a"),
+    ):
+        with pytest.raises(SystemExit):
+            downstream(*argv)
+        error = capsys.readouterr().err
+        assert re.search(rf"^error: {workspace / run} .*superb.* -p FOLDER$", error, re.M), error
+    assert contents(Path(run)) == before
+    assert downstream(*EVALUATE, "-e", best, "-p", "elsewhere") == 0
+    assert Path("elsewhere/test_predict.txt").stat().st_size and contents(Path(run)) == before
+    Path(run, "superb.json").write_text('{"seconds": 0.0}')  # in training
+    assert downstream("-m", "train", "-e", best) == 0
 
 
 def test_folders_in_a_checkpoint_are_ignored(downstream, workspace):

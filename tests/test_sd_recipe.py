@@ -433,6 +433,10 @@ def test_the_rate_is_that_of_dscore(seed, shift):
     np.testing.assert_allclose(rates, DSCORE[seed, shift], atol=6e-5)
     best = diarization.diarisation_errors(turns, probabilities, shift)
     assert best.value == np.min(rates) and best.names == tuple(sorted(turns))
+    moved = {name: {s: [(b + 0.5, n) for b, n in own] for s, own in speakers.items()}
+             for name, speakers in turns.items()}  # fmt: skip
+    other = diarization.diarisation_errors(moved, probabilities, shift)
+    assert (other.lengths == best.lengths).all() and other.reference != best.reference
 
 
 @pytest.mark.parametrize("seed, shift", [(2, 160), (3, 320), (4, 320)])

@@ -314,6 +314,9 @@ def test_metrics_by_hand():
     weights = np.array([[0, 2, 0, 1.0], [1, 0, 0, 1]])  # b b d, and a d
     assert f1.values(weights) == pytest.approx([100 / 3, 50])
     assert cer.values(weights) == pytest.approx([100 * 12 / 18, 0])
+    pairs[2] = ("c", "PLAY", "SING NOW")  # other labels: another test set
+    for sample, other in zip((f1, cer), count_slots(pairs), strict=True):
+        assert other.reference != sample.reference
 
 
 def test_metrics_equal_s3prls_on_random_texts():

@@ -1,5 +1,6 @@
 """The plan of `s3prl-ekd superb`, and its errors."""
 
+import argparse
 import json
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from s3prl.utility.helper import override
 
 from s3prl_ekd import cli
+from s3prl_ekd.commands import superb as superb_command
 from s3prl_ekd.downstream.tasks import choose_tasks
 from s3prl_ekd.errors import ConfigError, DataError, SetupError
 from s3prl_ekd.request import DownstreamRequest
@@ -212,6 +214,51 @@ def test_the_digest_of_a_run_covers_what_determines_its_result(in_superb_workspa
         superb.check_records([first])
 
 
+def parsed_runs(*options):
+    """The runs that a command plans."""
+    parser = argparse.ArgumentParser()
+    superb_command.configure(parser)
+    return superb_plan.plan_runs(parser.parse_args(["fbank", "--recipes", "tiny", *options]))
+
+
+def test_repeated_options(in_superb_workspace, tmp_path, capsys):
+    """None is dropped, and a value with a task's name replaces a general one."""
+    options = "--tasks sid --tasks er --seeds 1 --seeds 2 --lr sid=0.1 --lr 0.2 --lr sid=0.3"
+    options += " --override sid=config.a=1 --override config.a=2,,config.b=2"
+    options += " --override sid=config.c=3 --steps sid=8 --steps 4"
+    runs = parsed_runs(*options.split())
+    assert {(r.task.name, r.lr, r.seed) for r in runs} == {
+        (task, lr, seed)
+        for task, lrs in (("sid", (0.1, 0.3)), ("er", (0.2,)))
+        for lr in lrs
+        for seed in (1, 2)
+    }
+    config = {run.task.name: run.config for run in runs}
+    assert [config["sid"][key] for key in "abc"] == [1, 2, 3] and config["er"]["a"] == 2
+    assert [config[name]["runner"]["total_steps"] for name in ("sid", "er")] == [8, 4]
+    for name in ("hum", "rain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.flac").touch()
+    hum, rain = (("--noise", str(tmp_path / name)) for name in ("hum", "rain"))
+    (run,) = parsed_runs("--tasks", "sid", *hum, *rain, "--snr", "5", "--snr", "0")
+    assert run.noises.keys() == {"hum_snr5", "hum_snr0", "rain_snr5", "rain_snr0"}
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--steps", ("sid=8", "sid=4")),
+        ("--steps", ("8", "4")),
+        ("--recipe", ("sid=a.yaml", "sid=b.yaml")),
+        ("--lr", ("sid=search", "sid=0.1")),
+        ("--lr", ("sid=0.1", "sid=1e-1")),
+    ],
+)
+def test_repeated_options_that_exclude_each_other(in_superb_workspace, option, values):
+    with pytest.raises(SetupError, match=f"^{option}"):
+        parsed_runs("--tasks", "sid", option, values[0], option, values[1])
+
+
 def test_noise_and_snr_are_given_together(tmp_path):
     (tmp_path / "babble").mkdir()
     (tmp_path / "babble" / "a.flac").touch()
@@ -254,11 +301,20 @@ def test_a_condition_tested_with_different_noises_is_an_error(in_superb_workspac
     a, b = str(tmp_path / "a/rain"), str(tmp_path / "b/rain")
     options = {"tasks": ["sid"], "snr": [5.0]}
     (run,) = plan_runs(tmp_path, "fbank", noise=[a], **options)
-    write_record(run, noises={"rain_snr5": noise_digest(a)})
+    tested = {"clean": ".", "rain_snr5": "noisy/rain_snr5"}
+    write_record(run, noises={"rain_snr5": noise_digest(a)}, tested=tested)
+    predictions = run.folder / "noisy/rain_snr5"
+    predictions.mkdir(parents=True)
     superb.check_records([run])
-    (run,) = plan_runs(tmp_path, "fbank", noise=[b], **options)
-    with pytest.raises(SetupError, match=f"{run.folder}.* rain_snr5 .*{b}"):
-        superb.check_records([run])
+    same, seed, task = (
+        plan_runs(tmp_path, "fbank", noise=[b], snr=[5.0], **changes)
+        for changes in ({"tasks": ["sid"]}, {"tasks": ["sid"], "seeds": [2]}, {"tasks": ["er"]})
+    )
+    for runs in (same, seed, task):
+        with pytest.raises(SetupError, match=f"{predictions} .*{b}"):
+            superb.check_records(runs)
+    predictions.rmdir()
+    superb.check_records(same)  # it will be tested again
 
 
 def test_another_model_under_the_same_name_is_an_error(in_superb_workspace, tmp_path):
@@ -271,6 +327,58 @@ def test_another_model_under_the_same_name_is_an_error(in_superb_workspace, tmp_
     superb_plan._sha256.cache_clear()
     with pytest.raises(SetupError, match=f"{sid.folder} .*model.*{sid.root / 's'} "):
         superb.check_records([er])
+
+
+def test_a_run_with_other_settings_of_the_recipe_is_an_error(in_superb_workspace, tmp_path):
+    """Before it is trained: `report` would not average it with the runs that are there."""
+    (first,) = plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[1])
+    write_record(first)
+    superb.check_records(plan_runs(tmp_path, "fbank", seeds=[2], lr=["sid=0.1"]))
+    superb.check_records(plan_runs(tmp_path, "mfcc", seeds=[2], steps=["8"]))
+    pooling = "sid=args.upstream_layer_selection=1"  # not in the config
+    for changes in ({"steps": ["8"]}, {"override": [pooling]}):
+        runs = plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[2], **changes)
+        with pytest.raises(SetupError, match=f"{first.folder} .*--override.*{first.folder.parent}"):
+            superb.check_records(runs)
+        assert runs[0].digest != plan_runs(tmp_path, "fbank", tasks=["sid"], seeds=[2])[0].digest
+    write_record(first, recipe_digest=None)  # of an old version
+    superb.check_records(runs)
+
+
+def test_the_record_names_all_folds(in_superb_workspace, tmp_path):
+    runs = plan_runs(tmp_path, "fbank")
+    er = [run for run in runs if run.task.name == "er"]
+    assert {tuple(run.new_record().folds) for run in er} == {tuple(run.fold for run in er)}
+    (sid,) = (run for run in runs if run.task.name == "sid")
+    assert sid.new_record().folds is None
+
+
+def test_an_unfinished_record_of_an_old_version_is_completed(in_superb_workspace, tmp_path):
+    (run,) = plan_runs(tmp_path, "fbank", tasks=["er"])
+    write_record(run, recipe_digest=None, folds=None, finished=False, seconds=1.0)
+    superb.train(run, lambda request: None)
+    record, new = superb.read_record(run.folder), run.new_record()
+    assert (record.recipe_digest, record.folds) == (new.recipe_digest, ["fold1"])
+
+
+def test_what_the_digest_of_a_recipe_covers(in_superb_workspace, tmp_path):
+    options = {"lr": ["0.1,0.2"], "seeds": [1, 2]}
+    runs = plan_runs(tmp_path, "fbank", "mfcc", **options)
+    records = [run.new_record() for run in runs]
+    for task in ("sid", "er"):
+        assert len({r.recipe_digest for r in records if r.task == task}) == 1
+    lr = "config.optimizer.lr=0.3"
+    (same,) = plan_runs(tmp_path, "fbank", tasks=["sid"], override=[lr])
+    (other,) = plan_runs(tmp_path, "fbank", tasks=["sid"], override=[f"{lr},,config.a=1"])
+    digests = {r.recipe_digest for r in records if r.task == "sid"}
+    assert {same.new_record().recipe_digest} == digests != {other.new_record().recipe_digest}
+    table = in_superb_workspace / "data/sid/prepared.tsv"
+    text = table.read_text()
+    try:
+        table.write_text(text.replace("\t", "\t ", 1))
+        assert {same.new_record().recipe_digest} != digests
+    finally:
+        table.write_text(text)
 
 
 def test_the_digest_of_a_run_covers_the_corpus(in_superb_workspace, tmp_path):

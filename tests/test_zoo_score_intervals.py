@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ def test_differences_need_the_same_test_set_and_common_seeds():
     other_names = cell([[1, 2], [2, 3]], seeds=(1, 2), names=("u0", "x"))
     assert paired_difference(a, bootstrap(other_names)) is None
     assert paired_difference(a, bootstrap(cell([[1, 2], [2, 3]], seeds=(3, 4)))) is None
+    hum, rain = (bootstrap(replace(a.cell, noises=noises)) for noises in ("hum", "rain"))
+    assert paired_difference(hum, rain) is None and paired_difference(hum, a) is not None
     estimate = paired_difference(a, bootstrap(cell([[9, 9], [1, 1]], seeds=(5, 2))))
     assert estimate.by_seed == pytest.approx((15,))
     assert not estimate.over_seeds

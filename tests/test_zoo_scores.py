@@ -1,5 +1,6 @@
 """tools/zoo_scores.py writes the scores of finished runs into the tiny teachers' cards."""
 
+import json
 import re
 import shutil
 
@@ -76,6 +77,17 @@ def test_missing_runs_marks_or_results_are_an_error(tmp_path, cards, capsys):
     assert str(cards / "tiny_hubert.md") in capsys.readouterr().err
     assert zoo_scores.main([str(tmp_path / "none"), "--cards", str(cards)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_runs_with_different_overrides_are_an_error(tmp_path, cards, capsys):
+    root = results(tmp_path / "superb")
+    for upstream, digest in (("tiny_wavlm", "a"), ("fbank", "b")):
+        record = next((root / upstream).glob("pr/*seed1")) / "superb.json"
+        values = json.loads(record.read_text())
+        record.write_text(json.dumps(values | {"recipe_digest": digest}))
+    assert zoo_scores.main([str(root), "--cards", str(cards)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: pr: tiny_wavlm .*\bfbank\b.*--override", error, re.M)
 
 
 def test_runs_with_different_settings_are_an_error(tmp_path, cards, capsys):

@@ -195,6 +195,13 @@ def _run_settings(scores: TeacherScores, name: str, baselines: list[str], task: 
         if (selection := scores.selections.get((row, task))) is not None
         for run in selection.runs
     }
+    selections = (scores.selections.get((row, task)) for row in (name, *baselines))
+    digests = {selection.recipe_digest for selection in selections if selection is not None}
+    if len(digests - {None}) > 1:
+        raise SetupError(
+            f"{task}: {name} and {', '.join(baselines)} differ in settings of the recipe "
+            "(--override, an edited YAML) or in the prepared corpus; run all with the same settings"
+        )
     expected = next(values for row, *values in settings if row == name)
     for row, *values in settings:
         if values[:-1] != expected[:-1]:  # except the learning rate, chosen on dev for each

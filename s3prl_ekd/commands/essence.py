@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = asr.add_argument
     add(
-        "--teachers", metavar="CKPT", nargs="+", required=True,
+        "--teachers", metavar="CKPT", nargs="+", action="extend", required=True,
         help="checkpoints of -d asr, or run folders (dev-clean-best.ckpt, else the newest)",
     )  # fmt: skip
     add("--student-upstream", metavar="NAME", default="ekd_student", help="s3prl's -u")

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a student file, a name of s3prl's hub, NAME=FILE, NAME=HUB or NAME=HUB:CHECKPOINT",
     )  # fmt: skip
     add(
-        "--data", metavar="MANIFEST", type=Path, nargs="+", required=True,
+        "--data", metavar="MANIFEST", type=Path, nargs="+", action="extend", required=True,
         help="tables with labels, see above",
     )  # fmt: skip
     add(

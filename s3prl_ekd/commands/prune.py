@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", metavar="FILE", type=Path, required=True)
     add(
-        "--audio", metavar="AUDIO", type=Path, nargs="+", default=[],
+        "--audio", metavar="AUDIO", type=Path, nargs="+", action="extend", default=[],
         help="audio files on which the two students are compared (default: noise)",
     )  # fmt: skip
     add(

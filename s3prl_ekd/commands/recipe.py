@@ -51,7 +51,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--librispeech", metavar="DIR", type=Path, help="contains train-clean-100/ and the others")
     add("--voxceleb1", metavar="DIR", type=Path, help="dev/, test/, iden_split.txt; for SID")
     add("--iemocap", metavar="DIR", type=Path, help="contains Session1/ to Session5/; for ER")
-    add("--lexicon", metavar="FILE", type=Path, nargs="+", help="pronunciations; for PR")
+    add(
+        "--lexicon", metavar="FILE", type=Path, nargs="+", action="extend",
+        help="pronunciations; for PR",
+    )  # fmt: skip
     add("--g2p", action="store_true", help="predict the pronunciations that no lexicon has")
     add(
         "--rows", metavar="ROW", nargs="+", default=DEFAULT_ROWS,

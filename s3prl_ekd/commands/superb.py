@@ -34,7 +34,7 @@ from ..system.seeds import seed_number
 def configure(parser) -> None:
     parser.add_argument("upstreams", metavar="UPSTREAM", nargs="+")
     parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", default=[*DEFAULT_TASKS],
+        "--tasks", nargs="+", action="extend", metavar="TASK",
         help=f"any of {' '.join(TASKS)}, or all (default: {' '.join(DEFAULT_TASKS)})",
     )  # fmt: skip
     parser.add_argument(
@@ -55,20 +55,22 @@ def configure(parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--override", metavar="TASK=TEXT", action="append", default=[],
-        help="overrides in the notation of run_downstream.py's -o",
+        help="overrides in the notation of run_downstream.py's -o; several options are joined",
     )  # fmt: skip
     parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[1337], help="default: 1337"
+        "--seeds", type=seed_number, nargs="+", action="extend", help="default: 1337"
     )
     parser.add_argument(
         "-s", "--selection", default="hidden_states", metavar="KEY",
         help="outputs of students: hidden_states (default) or hidden_states_and_heads",
     )  # fmt: skip
     parser.add_argument(
-        "--noise", metavar="DIR", nargs="+", default=[],
+        "--noise", metavar="DIR", nargs="+", action="extend", default=[],
         help="also test under these noises: folders of audio, or manifests (test split)",
     )  # fmt: skip
-    parser.add_argument("--snr", type=float, nargs="+", default=[], help="SNRs in dB for --noise")
+    parser.add_argument(
+        "--snr", type=float, nargs="+", action="extend", default=[], help="SNRs in dB for --noise"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs in parallel, each on one GPU (default: 1)"
     )

@@ -19,11 +19,13 @@ from ..compat import checkpoint_globals, dtw_pool, voxceleb1_cache
 from ..compat.no_eval import check_fold, check_splits, reject_code
 from ..compat.replaced import replaced
 from ..compat.source import may_be_upstream, own_upstream_names, upstream_names
-from ..errors import CheckpointError, ConfigError, SetupError
+from ..errors import CheckpointError, ConfigError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import apply_overrides, argument_overrides, override_value, read_yaml
 from ..files.formats import check_part_versions
+from ..files.run_checkpoints import RECORD
+from ..files.text import read_json
 from ..request import (
     CACHE,
     INIT_HINT,
@@ -45,14 +47,19 @@ WITH_HEADS = "hidden_states_and_heads"
 NOISY = "noisy"  # subfolder of a run with the predictions of evaluations under noise
 
 
-def prepare(argv: Sequence[str]) -> DownstreamRequest:
+def prepare(argv: Sequence[str], *, by_superb: bool = False) -> DownstreamRequest:
     """Parse and check a command's arguments; see :func:`check_request`."""
-    return check_request(DownstreamRequest.parse(trust.read_option(argv)))
+    return check_request(DownstreamRequest.parse(trust.read_option(argv)), by_superb=by_superb)
 
 
-def check_request(request: DownstreamRequest) -> DownstreamRequest:
-    """Check a request and complete it: checkpoint to resume from, device, folder."""
-    request = check_and_resume(request, OPTION_CHECKS, RUN_CHECKS)
+def check_request(request: DownstreamRequest, *, by_superb: bool = False) -> DownstreamRequest:
+    """Check a request and complete it: checkpoint to resume from, device, folder.
+
+    Args:
+        by_superb: whether it is one of ``superb``, which may write into the folders of its runs.
+    """
+    run_checks = RUN_CHECKS if by_superb else (check_superb_folder, *RUN_CHECKS)
+    request = check_and_resume(request, OPTION_CHECKS, run_checks)
     return in_noisy_folder(with_pinned_student(request))
 
 
@@ -252,6 +259,25 @@ def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any
         make_folder(folder, SetupError)
     elif folder.is_dir() and not os.access(folder, os.W_OK):
         raise SetupError(f"cannot write to {folder}; choose another folder with -p")
+
+
+def check_superb_folder(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Check that predictions and checkpoints that ``report`` relies on are not overwritten.
+
+    A run that ``superb`` has not trained yet can be trained.
+    """
+    if request.folder is None:
+        return
+    folder = request.folder.resolve()
+    for run in (folder, *folder.parents[:2]):  # noisy/CONDITION, layer0_dev, states-20
+        record = run / RECORD
+        if record.is_file() and (
+            request.mode != "train" or read_json(record, "record", DataError).get("seconds")
+        ):
+            raise SetupError(
+                f"{run} is a run of s3prl-ekd superb, and s3prl-ekd report reads its predictions; "
+                "to write elsewhere, add -p FOLDER"
+            )
 
 
 RUN_CHECKS = (

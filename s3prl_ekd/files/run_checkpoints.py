@@ -15,6 +15,7 @@ from .formats import NewerFormatError, check_part_versions
 
 logger = logging.getLogger(__name__)
 
+RECORD = "superb.json"  # of `s3prl-ekd superb`, in the folder of each of its runs
 LAST_CHECKPOINT = "last.ckpt"  # latest checkpoint of a run of -u ekd; see pretrain/checkpoints.py
 
 

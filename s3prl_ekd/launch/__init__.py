@@ -49,7 +49,7 @@ def superb_job() -> int:
     from ..superb.run import train_and_test
 
     def call(request: DownstreamRequest) -> None:
-        checked = downstream.prepare(request.command()[1:])
+        checked = downstream.prepare(request.command()[1:], by_superb=True)
         downstream.run(import_script("run_downstream"), checked)
 
     with _messages("stopped by Ctrl-C"):

@@ -6,7 +6,7 @@ A task's metric is the mean over seeds, for ER also over folds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..downstream.metrics.sample import Sample
 from ..downstream.tasks import TASKS
 from ..errors import DataError
 from .bootstrap import RESAMPLES, Estimate, resampled_values
-from .results import SelectedRuns
+from .results import FinishedRun, SelectedRuns
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,13 @@ class TaskMetric(Estimate):
     by_seed: tuple[float, ...]  # ``value`` is their mean
     units: int  # of all folds together: utterances, for some tasks recordings, speakers or queries
     test_set: tuple  # see :func:`test_set`
+    noises: str | None  # see :func:`noise_digest`
+
+    def is_comparable(self, other: TaskMetric) -> bool:
+        """Whether test set, noises and recipe are the same, as far as the records tell."""
+        recipes = {self.selection.recipe_digest, other.selection.recipe_digest} - {None}
+        noises = {self.noises, other.noises} - {None}
+        return self.test_set == other.test_set and len(recipes) <= 1 and len(noises) <= 1
 
     @property
     def deviation(self) -> float | None:
@@ -39,6 +46,25 @@ def test_set(folds: Sequence[Sample]) -> tuple:
     return tuple((fold.names, fold.reference) for fold in folds)
 
 
+def noise_digest(runs: Iterable[FinishedRun], condition: str) -> str | None:
+    """The digest of the noises of ``condition``; None if no record has it.
+
+    Raises:
+        DataError: runs were tested with different noises.
+    """
+    first: dict[str, FinishedRun] = {}
+    for run in runs:
+        if condition in run.noises:
+            first.setdefault(run.noises[condition], run)
+    if len(first) > 1:
+        a, b, *_ = (run.folder / run.tested[condition] for run in first.values())
+        raise DataError(
+            f"{a} and {b} are tests with different noises of the same name; remove one of these "
+            "folders, and run superb again with the noises of the other"
+        )
+    return next(iter(first), None)
+
+
 def compute_metrics(
     selections: Sequence[SelectedRuns], condition: str, resamples: int = RESAMPLES
 ) -> list[TaskMetric]:
@@ -49,18 +75,23 @@ def compute_metrics(
 
     Raises:
         DataError: predictions are missing or damaged, or the seeds of one upstream were tested on
-            different utterances.
+            different utterances or labels, or with different noises.
     """
     tested = [s for s in selections if all(condition in run.tested for run in s.runs)]
     if not tested:
         return []
+    noises = [noise_digest(selection.runs, condition) for selection in tested]
     columns = TASKS[tested[0].task].columns
     folds = [[_measure(s, fold, condition) for fold in s.folds] for s in tested]
     return [
         metric
         for index, column in enumerate(columns)
         for metric in _column(
-            column, tested, [[seeds[index] for seeds in group] for group in folds], resamples
+            column,
+            tested,
+            [[seeds[index] for seeds in group] for group in folds],
+            noises,
+            resamples,
         )
     ]
 
@@ -69,6 +100,7 @@ def _column(
     column: str,
     tested: Sequence[SelectedRuns],
     folds: Sequence[Sequence[Sequence[Sample]]],
+    noises: Sequence[str | None],
     resamples: int,
 ) -> Iterator[TaskMetric]:
     """One metric of all systems; ``folds``: system -> fold -> the sample of each seed."""
@@ -94,6 +126,7 @@ def _column(
             by_seed=tuple(by_seed.tolist()),
             units=sum(len(seeds[0].names) for seeds in group),
             test_set=test_sets[i],
+            noises=noises[i],
         )
 
 
@@ -104,7 +137,7 @@ def _measure(selection: SelectedRuns, fold: str | None, condition: str) -> list[
     for run, samples in zip(runs, by_seed, strict=True):
         if test_set(samples) != test_set(by_seed[0]):
             raise DataError(
-                f"{runs[0].folder} and {run.folder} were tested on different utterances "
+                f"{runs[0].folder} and {run.folder} were tested on different utterances or labels "
                 f"({condition}); evaluate both on the same test set"
             )
     return list(zip(*by_seed, strict=True))

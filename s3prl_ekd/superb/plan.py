@@ -17,13 +17,14 @@ from typing import Any
 
 from ..compat.no_eval import run_splits
 from ..compat.source import may_be_upstream
-from ..downstream.tasks import TASKS, Task, choose_tasks, missing_paths, recipe_paths
+from ..downstream.tasks import DEFAULT_TASKS, TASKS, Task, choose_tasks, missing_paths, recipe_paths
 from ..downstream.tasks.corpus_check import check_corpus
 from ..downstream.tasks.lookup import EXPERT, check_override_keys
 from ..errors import ConfigError, SetupError
 from ..files.atomic import file_sha256
 from ..files.config import (
     apply_overrides,
+    argument_overrides,
     from_plain_data,
     override_value,
     read_yaml,
@@ -46,6 +47,8 @@ from .results import CLEAN, UNTRAINED, DevMetric, RunRecord
 SEARCH = "search"  # --lr search
 SEED = 1337  # by default
 FEATURES = ".features"  # cached hidden states, in the output folder
+_DATA = f"{EXPERT}.datarc"
+_JOINED = {"--override": ",,", "--lr": ","}  # options that are joined if given several times
 _NAME = r"[\w.-]+"  # an upstream's name, also the name of its folder
 
 
@@ -211,13 +214,26 @@ class Recipe:
         files = {table.resolve() for table in tables if table.is_file()}
         return sorted(map(file_sha256, files))
 
+    def digest(self, folder: Path) -> str:
+        """SHA-256 of all settings but the learning rate and the fold, and of the prepared corpus.
+
+        Runs with equal digests can be compared.
+        """
+        config = self.config
+        for section, key in ((EXPERT, "max_workers"), ("optimizer", "lr"), (_DATA, "test_fold")):
+            values = value_at(config, section)
+            if isinstance(values, dict):
+                values.pop(key, None)
+        arguments = argument_overrides(self.overrides)
+        return _digest([self.task.downstream, config, arguments, self.data_digests(folder)])
+
     def folds(self) -> list[str | None]:
         """The test folds of the recipe's data; see :meth:`.Task.folds`."""
         return self.task.folds(self.config, self.path)
 
 
 def _fold_override(fold: str) -> str:
-    return f"config.downstream_expert.datarc.test_fold={fold!r}"
+    return f"config.{_DATA}.test_fold={fold!r}"
 
 
 def steps_overrides(steps: int) -> str:
@@ -305,12 +321,15 @@ class PlannedRun:
             config[EXPERT].pop("max_workers", None)  # of QbE: how many processes
         facts = [self.upstream.identity, config, self.task.downstream, self.seed]
         facts += self.recipe.data_digests(Path.cwd())
+        if arguments := argument_overrides(self.recipe.overrides):
+            facts.append(arguments)
         if self.features is not None:  # padding changes the hidden states
             facts.append("features of each utterance alone")
         return _digest(facts)
 
     def new_record(self) -> RunRecord:
         """The record of the run before it starts."""
+        folds = [fold for fold in self.recipe.folds() if fold is not None]
         values = {
             "format": 1,
             "upstream": self.upstream.name,
@@ -326,6 +345,8 @@ class PlannedRun:
             "digest": self.digest,
             "features_alone": self.features is not None,
             "model": self.upstream.digest,
+            "recipe_digest": self.recipe.digest(Path.cwd()),
+            "folds": folds or None,
         }
         return from_plain_data(RunRecord, values, f"the run in {self.folder}")
 
@@ -420,11 +441,12 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
     Raises:
         EkdError: an option, a recipe, an upstream or a corpus is wrong.
     """
-    tasks = choose_tasks(args.tasks)
+    tasks = choose_tasks(args.tasks or DEFAULT_TASKS)
+    seeds = args.seeds or [SEED]
     if args.jobs < 1 or args.gpus < 1:
         raise SetupError(f"--jobs and --gpus must be 1 or more, got {args.jobs} and {args.gpus}")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise SetupError(f"--seeds must differ, got {' '.join(map(str, args.seeds))}")
+    if len(set(seeds)) < len(seeds):
+        raise SetupError(f"--seeds must differ, got {' '.join(map(str, seeds))}")
     upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
     names = [upstream.name for upstream in upstreams]
     for name in names:
@@ -453,8 +475,8 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
         recipe = Recipe(task, path, ",,".join(parts))
         recipe.check(Path.cwd())
         lrs = _learning_rates(recipe, rates.get(task.name))
-        seeds = args.seeds if task.trained else [SEED]  # which has no effect
-        for upstream, lr, seed, fold in product(upstreams, lrs, seeds, recipe.folds()):
+        own_seeds = seeds if task.trained else [SEED]  # which has no effect
+        for upstream, lr, seed, fold in product(upstreams, lrs, own_seeds, recipe.folds()):
             options = (args.output, noises, features[upstream.name])
             runs.append(PlannedRun(upstream, recipe, lr, seed, fold, *options))
     # all runs of the first upstream come first, so its results on all tasks are known early
@@ -471,7 +493,10 @@ def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
         own: float = _number(f"{recipe.path}: {key}", str(value_at(recipe.config, key)), float)
         published = task.published_rates if recipe.path == task.full else ()
         return sorted({own / 10, own, 10 * own, *published}) if text else [own]
-    rates = [_number("--lr", rate, float) for rate in str(text).split(",")]
+    texts = str(text).split(",")
+    if SEARCH in texts:
+        raise SetupError(f"--lr {SEARCH} cannot be combined with other rates, got {text}")
+    rates = [_number("--lr", rate, float) for rate in texts]
     if len({f"{rate:g}" for rate in rates}) < len(rates):  # as in the names of the runs' folders
         raise SetupError(f"--lr must have rates that differ in their first six digits, got {text}")
     return rates
@@ -493,8 +518,13 @@ def _features(args: Namespace, upstream: str) -> CacheOptions | None:
 
 
 def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
-    """``["pr=1e-3", ...]`` -> ``{"pr": "1e-3"}``; a value without a task's name applies to all."""
-    values = {}
+    """``["pr=1e-3", ...]`` -> ``{"pr": "1e-3"}``; a value without a task's name applies to all.
+
+    A task's own values replace general ones; its overrides follow them. Several values for a task
+    are joined if they are overrides or learning rates, and an error otherwise.
+    """
+    general: list[str] = []
+    own: dict[str, list[str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if equals and name in TASKS:
@@ -502,14 +532,25 @@ def _by_task(option: str, texts: Sequence[str], tasks: Sequence[Task]) -> dict[s
                 raise SetupError(f"{option} {text}: {name} is not in --tasks; add it there")
             if option in ("--lr", "--steps") and not TASKS[name].trained:
                 raise SetupError(f"{option} {text}: {name} trains nothing; leave it out")
-            values[name] = value
-        elif option == "--recipe" and Path(text).is_file():  # a path may contain =
-            values.update({task.name: text for task in tasks})
-        elif not equals or (option == "--override" and "." in name):
-            values.update({task.name: text for task in tasks})
+            own.setdefault(name, []).append(value)
+        elif (
+            not equals
+            or (option == "--override" and "." in name)
+            or (option == "--recipe" and Path(text).is_file())  # a path may contain =
+        ):
+            general.append(text)
         else:
             raise SetupError(f"{option} {text}: no such task; expected: {', '.join(TASKS)}")
-    return values
+    for values in (general, *own.values()):
+        if len(values) > 1 and option not in _JOINED:
+            raise SetupError(f"{option}: {values[0]} and {values[1]} for one task; give it once")
+    result = {}
+    for task in tasks:
+        values = own.get(task.name, [])
+        values = [*general, *values] if option == "--override" else values or general
+        if values:
+            result[task.name] = _JOINED.get(option, "").join(values)
+    return result
 
 
 def _number(option: str, text: str, kind: Callable[[str], Any]) -> Any:

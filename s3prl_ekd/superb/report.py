@@ -66,15 +66,18 @@ class Report:
     def difference(
         self, upstream: str, baseline: str, column: str, condition: str
     ) -> Difference | None:
-        """``upstream`` minus ``baseline``; None if a metric is missing or the test sets differ."""
+        """``upstream`` minus ``baseline``; None if a metric is missing or they are not comparable.
+
+        See :meth:`.TaskMetric.is_comparable`.
+        """
         a = self.metrics.get((upstream, column, condition))
         b = self.metrics.get((baseline, column, condition))
-        if a is None or b is None or a.test_set != b.test_set:
+        if a is None or b is None or not a.is_comparable(b):
             return None
         return _difference(a, b, higher=COLUMNS[column].metric.higher_is_better)
 
     def score_difference(self, upstream: str, baseline: str) -> Difference | None:
-        """Difference of the SUPERB scores; None unless their tasks had the same test sets."""
+        """Difference of the SUPERB scores; None unless their tasks are comparable."""
         if upstream not in self.scores or baseline not in self.scores:
             return None
         if any(self.difference(upstream, baseline, t, CLEAN) is None for t in DEFAULT_TASKS):
@@ -113,6 +116,8 @@ def make_report(results: Results, resamples: int = RESAMPLES) -> Report:
             metrics[metric.selection.upstream, metric.column, condition] = metric
     upstreams = tuple(u for u in results.upstreams if any(key[0] == u for key in selections))
     notes += _test_set_notes(cells, metrics)
+    notes += _recipe_notes(tasks, selections)
+    notes += _fold_notes(selections)
     notes += _selection_notes(tasks)
     notes += _padding_notes(selections)
     if results.unfinished:
@@ -182,17 +187,61 @@ def _test_set_notes(
     cells: Iterable[tuple[str, str]],
     metrics: Mapping[tuple[str, str, str], TaskMetric],
 ) -> list[str]:
-    """A note for each task and condition whose test set differs between upstreams."""
+    """A note for each task and condition whose test set or noises differ between upstreams."""
     notes = []
+    end = "so these results are not comparable."
     for task, condition in cells:  # the column of a task's main metric has its name
         by_name = {name: m for (name, *cell), m in metrics.items() if cell == [task, condition]}
         if len({m.test_set for m in by_name.values()}) > 1:
             sizes = ", ".join(f"{name} {m.units}" for name, m in by_name.items())
             notes.append(
-                f"{task.upper()}, {condition}: test sets differ ({TASKS[task].unit}: {sizes}), so "
-                "these results are not comparable."
+                f"{task.upper()}, {condition}: test sets differ in {TASKS[task].unit} or labels "
+                f"({sizes}), {end}"
+            )
+        if groups := _groups({name: m.noises for name, m in by_name.items()}):
+            notes.append(f"{task.upper()}, {condition}: noises differ between {groups}, {end}")
+    return notes
+
+
+def _fold_notes(selections: Mapping[tuple[str, str], SelectedRuns]) -> list[str]:
+    """A note for each upstream with a gap in its folds, if its records do not name the recipe's."""
+    notes = []
+    for (upstream, task), selection in selections.items():
+        if any(run.folds for run in selection.runs):
+            continue
+        numbers = {int(fold.removeprefix("fold")) for fold in selection.folds if fold}
+        missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
+        if missing:
+            names = ", ".join(f"fold{number}" for number in missing)
+            notes.append(f"{task.upper()}, {upstream}: no {names}; the mean is over the others.")
+    return notes
+
+
+def _recipe_notes(
+    tasks: Iterable[str], selections: Mapping[tuple[str, str], SelectedRuns]
+) -> list[str]:
+    """A note for each task whose recipe or prepared corpus differs between upstreams."""
+    notes = []
+    for task in tasks:
+        digests = {u: s.recipe_digest for (u, name), s in selections.items() if name == task}
+        if groups := _groups(digests):
+            notes.append(
+                f"{task.upper()}: settings of the recipe (--override, an edited YAML) or the "
+                f"prepared corpus differ between {groups}, so these results are not comparable."
             )
     return notes
+
+
+def _groups(digests: Mapping[str, str | None]) -> str:
+    """The upstreams by digest, ``a, c and b``; empty if there are no two different ones.
+
+    An upstream without a digest (None) is left out.
+    """
+    by_digest: dict[str, list[str]] = {}
+    for upstream, digest in digests.items():
+        if digest is not None:
+            by_digest.setdefault(digest, []).append(upstream)
+    return " and ".join(map(", ".join, by_digest.values())) if len(by_digest) > 1 else ""
 
 
 def split_condition(condition: str) -> tuple[str, float] | None:

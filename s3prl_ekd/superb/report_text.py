@@ -117,7 +117,7 @@ def _differences(report: Report, against: str) -> list[str]:
         f"## Differences to {against}",
         f"Each upstream minus {against} on the same resamples, with the 95 % interval, "
         f"and the percentage of resamples in which it is better than {against} (ties count half). "
-        "n/a: not tested, or not on the same test set.",
+        "n/a: not tested, or not with the same recipe, corpus, test set and noises.",
     ]
     for condition in report.conditions:
         columns = report.tested(condition)

@@ -20,9 +20,10 @@ from ..downstream.tasks import TASKS, Task
 from ..errors import ConfigError, DataError
 from ..files.config import from_plain_data
 from ..files.formats import check_format_version
+from ..files.run_checkpoints import RECORD
 from ..files.text import read_json
 
-RECORD, COST = "superb.json", "cost.json"
+COST = "cost.json"
 RecordT = TypeVar("RecordT")
 
 CLEAN = "clean"  # the condition without noise
@@ -82,6 +83,10 @@ class RunRecord:
         features_alone: hidden states without padding (``--cache-features``).
         model: SHA-256 of what determines the upstream's outputs; None in records of old versions.
         noises: condition -> SHA-256 of its noises.
+        recipe_digest: SHA-256 of the recipe's settings without learning rate and fold, and of the
+            prepared corpus; None in records of old versions.
+        folds: all test folds of the recipe; None for a task without folds, and in records of old
+            versions.
     """
 
     format: Literal[1]
@@ -103,6 +108,8 @@ class RunRecord:
     features_alone: bool = False
     model: str | None = None
     noises: dict[str, str] = field(default_factory=dict)
+    recipe_digest: str | None = None
+    folds: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -112,6 +119,10 @@ class RunRecord:
         if bool(re.fullmatch(r"fold\d+", self.fold or "")) != has_folds:
             folds = "fold1, ..." if has_folds else "null"
             raise ValueError(f"fold must be {folds} for {task.name}, got {self.fold!r}")
+        if self.folds is not None and self.fold not in self.folds:
+            raise ValueError(f"folds must contain {self.fold}, got {self.folds}")
+        if not all(re.fullmatch(r"fold\d+", fold) for fold in self.folds or ()):
+            raise ValueError(f"folds must be like fold1, got {self.folds}")
         metric = self.dev.metric if self.dev else task.dev.name
         if (self.split, metric) != (task.split, task.dev.name):
             raise ValueError(
@@ -264,6 +275,11 @@ class SelectedRuns:
     def folds(self) -> tuple[str | None, ...]:
         return tuple(dict.fromkeys(run.fold for run in self.runs))
 
+    @property
+    def recipe_digest(self) -> str | None:
+        """That of the runs; None if all are of old versions."""
+        return next((run.recipe_digest for run in self.runs if run.recipe_digest), None)
+
 
 def read_results(folders: Sequence[Path]) -> Results:
     """Read all runs in ``folders``, each a root or the folder of an upstream, a task or a run.
@@ -328,12 +344,24 @@ def _check_comparable(runs: Iterable[FinishedRun]) -> None:
         other = first.setdefault(task, run)
         if (other.recipe, other.steps, other.split) != (run.recipe, run.steps, run.split):
             raise _not_comparable(other, run, "differ in recipe, steps or test set")
+        if run.recipe_digest is not None:  # unknown in records of old versions
+            other = first.setdefault((*task, "recipe"), run)
+            if other.recipe_digest != run.recipe_digest:
+                raise _not_comparable(
+                    other,
+                    run,
+                    "differ in settings of the recipe (--override, an edited YAML) or in the "
+                    "prepared corpus",
+                )
         if other.features_alone != run.features_alone:
             raise _not_comparable(other, run, "differ in --cache-features, which changes scores")
 
 
 def _not_comparable(first: FinishedRun, second: FinishedRun, reason: str) -> DataError:
-    return DataError(f"{first.folder} and {second.folder} {reason}; report them separately")
+    return DataError(
+        f"{first.folder} and {second.folder} {reason}; move one of them away, or report them "
+        "separately"
+    )
 
 
 def select_best_lr(
@@ -343,13 +371,13 @@ def select_best_lr(
 
     Best is the lowest or highest mean over seeds and folds of the metric that chooses the
     checkpoints (:attr:`.Task.dev`); ties go to the smallest learning rate. A learning rate is
-    considered only if it has every seed with every fold. If there is none, the upstream and task
-    are left out; see :func:`incomplete`.
+    considered only if it has every seed with every fold, because ER is a mean over all folds: those
+    of the recipe, as far as it is recorded, and of the runs, also unfinished ones. If there is
+    none, the upstream and task are left out; see :func:`incomplete`.
 
     Args:
         runs: finished runs.
-        unfinished: folders of unfinished runs. Their folds are required too, because ER is a mean
-            over all folds.
+        unfinished: folders of unfinished runs.
 
     Returns:
         (upstream, task) -> runs at the best learning rate, in the order of ``runs``.
@@ -404,6 +432,7 @@ def _by_task(
     for task, by_lr in by_task.items():
         keys = {key for group in by_lr.values() for key in group}
         folds = {fold for _, fold in keys}
+        folds.update(*(run.folds or () for group in by_lr.values() for run in group.values()))
         matches = (_RUN.fullmatch(p.name) for p in unfinished if p.parts[-3:-1] == task)
         folds |= {match["fold"] for match in matches if match and match["fold"]}
         grouped[task] = set(product({seed for seed, _ in keys}, folds)), by_lr

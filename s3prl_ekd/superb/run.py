@@ -26,7 +26,7 @@ from ..files import trust
 from ..files.atomic import make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import NewerFormatError
-from ..files.run_checkpoints import newest_checkpoint, read_checkpoint, run_checkpoints
+from ..files.run_checkpoints import RECORD, newest_checkpoint, read_checkpoint, run_checkpoints
 from ..hidden_states.feature_store import folder_size
 from ..request import DownstreamRequest
 from ..system.jobs import Jobs
@@ -35,7 +35,6 @@ from ..system.torchrun import torchrun_command
 from .plan import PlannedRun, noise_digest
 from .results import (
     CLEAN,
-    RECORD,
     DevMetric,
     RunRecord,
     read_finished_run,
@@ -53,8 +52,9 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
     """Check that existing records belong to these runs, so that no other run is overwritten.
 
     Raises:
-        SetupError: a folder contains another run; a condition was tested with other noises; or runs
-            of the upstream, on any task, used another model (a report would show both as one).
+        SetupError: a folder contains another run; or runs of the upstream used another model, were
+            tested with other noises of the same name or, on a task, used another recipe (a report
+            would show both as one).
     """
     for run in runs:
         record = read_record(run.folder)
@@ -71,19 +71,33 @@ def check_records(runs: Sequence[PlannedRun]) -> None:
                 f"corpus; move it away, rename the upstream (NAME=CHECKPOINT), or choose another "
                 f"-o{hint}"
             )
-        for condition, digest in record.noises.items():
-            if condition in run.noises and digest != noise_digest(run.noises[condition][0]):
-                raise SetupError(
-                    f"{run.folder}: condition {condition} was tested with different noises than "
-                    f"those in {run.noises[condition][0]}; rename that folder"
-                )
-    for upstream, root in {run.upstream: run.root for run in runs}.items():
+    recipes = {run.task.name: run.recipe for run in runs}
+    recipe_digests = {task: recipe.digest(Path.cwd()) for task, recipe in recipes.items()}
+    for run in {run.upstream: run for run in runs}.values():
+        upstream, root = run.upstream, run.root
         for folder in recorded_folders(root, upstream.name):
             record = read_record(folder)
-            if record and record.model not in (None, upstream.digest):
+            if record is None:
+                continue
+            for condition in record.noises.keys() & run.noises.keys() & record.tested.keys():
+                noises, tested = run.noises[condition][0], folder / record.tested[condition]
+                if tested.is_dir() and record.noises[condition] != noise_digest(noises):
+                    raise SetupError(
+                        f"{tested} is a test with different noises than those in {noises}; rename "
+                        "the folder of the noises, or remove that of the test"
+                    )
+            if record.model not in (None, upstream.digest):
                 raise SetupError(
                     f"{folder} contains a run of a different model than the current "
                     f"{upstream.name}; move {root / upstream.name} away, rename the upstream "
+                    "(NAME=CHECKPOINT), or choose another -o"
+                )
+            digests = {record.recipe_digest, recipe_digests.get(record.task)} - {None}
+            if record.finished and len(digests) > 1:
+                raise SetupError(
+                    f"{folder} contains a run of {record.task} with other settings (--override, "
+                    "--steps, an edited YAML) or another prepared corpus, which `report` does not "
+                    f"average with the new ones; move {folder.parent} away, rename the upstream "
                     "(NAME=CHECKPOINT), or choose another -o"
                 )
 
@@ -211,7 +225,10 @@ def train(run: PlannedRun, call: Callable[[DownstreamRequest], None]) -> RunReco
         The run's record, which is written too. It has the checkpoint with the best dev score, if
         the recipe has a dev set.
     """
-    record = read_record(run.folder) or run.new_record()
+    new = run.new_record()
+    record = read_record(run.folder) or new
+    if record.recipe_digest is None:  # of an old version, and with the digest of this run
+        record = replace(record, recipe_digest=new.recipe_digest, folds=new.folds)
     if record.upstream != run.upstream.name:
         logger.info("%s: upstream renamed, it was %s", run.folder, record.upstream)
         record = replace(record, upstream=run.upstream.name)

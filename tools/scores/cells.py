@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from s3prl_ekd.downstream.metrics.error_counts import ErrorCounts, count_errors
 from s3prl_ekd.downstream.metrics.predictions import read_pairs
 from s3prl_ekd.errors import DataError
-from s3prl_ekd.superb.metrics import test_set
+from s3prl_ekd.superb.metrics import noise_digest, test_set
 from s3prl_ekd.superb.results import FinishedRun
 
 
@@ -52,6 +53,7 @@ class Cell:
 
     Attributes:
         folds: errors of each fold, ``[seed, utterance]``.
+        noises: digest of the noises of the condition; None if it is not known.
     """
 
     row: str
@@ -59,6 +61,7 @@ class Cell:
     condition: str
     seeds: tuple[int, ...]
     folds: tuple[ErrorCounts, ...]
+    noises: str | None = None
 
     @property
     def test_set(self) -> tuple:
@@ -70,7 +73,7 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) ->
     """Make a cell for each test condition, from the seeds with all folds tested under it.
 
     Raises:
-        DataError: the seeds were not tested on the same utterances.
+        DataError: the seeds were not tested on the same utterances, or not with the same noises.
     """
     conditions = {c for runs in seeds.values() for run in runs for c in run.tested}
     for condition in conditions:
@@ -84,15 +87,17 @@ def make_cells(row: str, metric: Metric, seeds: dict[int, list[FinishedRun]]) ->
         per_seed = [[_count(run, metric, condition) for run in runs] for runs in complete.values()]
         folds = []
         for counts in zip(*per_seed, strict=True):
-            names, lengths = counts[0].names, counts[0].lengths
+            first = counts[0]
             for other in counts[1:]:
-                if other.names != names or (other.lengths != lengths).any():
+                if test_set([other]) != test_set([first]):
                     raise DataError(
                         f"{row}, {metric.task} ({condition}): the seeds have different test "
                         "utterances; evaluate all seeds on one test set"
                     )
-            folds.append(ErrorCounts(names, np.stack([c.errors for c in counts]), lengths))
-        yield Cell(row, metric, condition, tuple(complete), tuple(folds))
+            errors = np.stack([c.errors for c in counts])
+            folds.append(replace(first, errors=errors))
+        noises = noise_digest(itertools.chain(*complete.values()), condition)
+        yield Cell(row, metric, condition, tuple(complete), tuple(folds), noises)
 
 
 def _count(run: FinishedRun, metric: Metric, condition: str) -> ErrorCounts:

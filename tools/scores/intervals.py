@@ -76,10 +76,11 @@ def paired_difference(a: BootstrapRates, b: BootstrapRates) -> Estimate | None:
     """``a`` less ``b``, paired by seed and utterance.
 
     Returns:
-        None if they have no common seed or different test utterances.
+        None if they have no common seed, different test utterances or different noises.
     """
     common = [seed for seed in a.cell.seeds if seed in b.cell.seeds]
-    if a.cell.test_set != b.cell.test_set or not common:
+    noises = {a.cell.noises, b.cell.noises} - {None}
+    if a.cell.test_set != b.cell.test_set or len(noises) > 1 or not common:
         return None
     a_rows = [a.cell.seeds.index(seed) for seed in common]
     b_rows = [b.cell.seeds.index(seed) for seed in common]

@@ -8,7 +8,9 @@ md-eval, so all sums are exact.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -149,6 +151,7 @@ def diarisation_errors(
     names = tuple(sorted(reference))
     times = frame_times(max(map(len, predictions.values())), frame_shift)
     truth = {name: reference_turns(reference[name]) for name in names}
+    turns = hashlib.sha256(json.dumps(reference, sort_keys=True).encode()).digest()
     best: ErrorCounts | None = None
     for median, threshold in itertools.product(MEDIANS, THRESHOLDS):
         counts = [
@@ -160,7 +163,7 @@ def diarisation_errors(
         ]
         errors, lengths = np.array(counts, dtype=np.int64).T
         if best is None or errors.sum() < best.errors.sum():
-            best = ErrorCounts(names, errors, lengths)
+            best = ErrorCounts(names, errors, lengths, texts=turns)
     assert best is not None
     return best
 

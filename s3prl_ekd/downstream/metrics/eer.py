@@ -10,7 +10,6 @@ of the first recordings, each with all its trials.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError
-from .predictions import read_pairs
+from .predictions import read_pairs, reference_digest
 from .sample import Sample
 
 _BLOCK = 256  # thresholds
@@ -126,9 +125,8 @@ def read_scored_trials(predictions: Path, truth: Path) -> EqualErrorRate:
     scores = _scores(predictions, [score for _, score, _ in pairs])
     first = [name.partition("-")[0] for name, _, _ in pairs]
     names, speakers = np.unique(first, return_inverse=True)
-    digest = hashlib.sha256("\n".join(f"{name} {label}" for name, _, label in pairs).encode())
     same = np.array(labels) == "1"
-    return EqualErrorRate(tuple(map(str, names)), speakers, same, scores, digest.digest())
+    return EqualErrorRate(tuple(map(str, names)), speakers, same, scores, reference_digest(pairs))
 
 
 def _scores(source: Path, texts: Sequence[str]) -> np.ndarray:

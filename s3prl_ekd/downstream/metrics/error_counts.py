@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import editdistance
 import numpy as np
 
+from .predictions import reference_digest
 from .sample import Sample
 
 
@@ -20,16 +21,18 @@ class ErrorCounts(Sample):
         errors: ``[utterance]``: edit operations, 1 for a wrong label, or a duration.
         lengths: ``[utterance]``: reference tokens, 1 for a label, or a duration.
         accuracy: the metric is 100 minus the error rate.
+        texts: digest of the reference texts or turns; empty if it is not known.
     """
 
     names: tuple[str, ...]
     errors: np.ndarray
     lengths: np.ndarray
     accuracy: bool = False
+    texts: bytes = b""
 
     @property
     def reference(self) -> bytes:
-        return self.lengths.tobytes()
+        return self.lengths.tobytes() + self.texts
 
     def values(self, weights: np.ndarray) -> np.ndarray:
         """See :meth:`Sample.values`; NaN for a resample of length 0."""
@@ -53,4 +56,6 @@ def count_errors(pairs: Sequence[tuple[str, str, str]], unit: str) -> ErrorCount
         split = str.split if unit == "word" else list
         errors = [editdistance.eval(split(hyp), split(ref)) for _, hyp, ref in pairs]
         lengths = [len(split(ref)) for _, _, ref in pairs]
-    return ErrorCounts(names, np.array(errors), np.array(lengths), accuracy=unit == "label")
+    texts = reference_digest(pairs)
+    accuracy = unit == "label"
+    return ErrorCounts(names, np.array(errors), np.array(lengths), accuracy, texts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import DataError
@@ -60,3 +62,9 @@ def read_pairs(
                 "remove it from the test set"
             )
     return [(name, hyp[name], ref[name]) for name in sorted(ref)]
+
+
+def reference_digest(pairs: Sequence[tuple[str, str, str]]) -> bytes:
+    """SHA-256 of the utterances and their references in ``pairs`` (:func:`read_pairs`)."""
+    lines = "\n".join(f"{name} {reference}" for name, _, reference in pairs)
+    return hashlib.sha256(lines.encode()).digest()

@@ -13,6 +13,7 @@ import editdistance
 import numpy as np
 
 from .error_counts import ErrorCounts
+from .predictions import reference_digest
 
 Slots = dict[str, list[str]]  # type -> values, in the order of the text
 
@@ -71,5 +72,7 @@ def count_slots(pairs: Sequence[tuple[str, str, str]]) -> tuple[ErrorCounts, Err
         errors.append(1 - slot_type_f1(hyp, ref))
         counts.append(value_edits(hyp, ref))
     edits, characters = np.array(counts, dtype=np.int64).T
-    f1 = ErrorCounts(tuple(names), np.array(errors), np.ones(len(names)), accuracy=True)
-    return f1, ErrorCounts(tuple(names), edits, characters)
+    texts = reference_digest(pairs)
+    ones = np.ones(len(names))
+    f1 = ErrorCounts(tuple(names), np.array(errors), ones, accuracy=True, texts=texts)
+    return f1, ErrorCounts(tuple(names), edits, characters, texts=texts)
