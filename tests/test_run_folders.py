@@ -17,8 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from s3prl_ekd import launch
+from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.superb import run as superb
@@ -91,6 +93,16 @@ def test_the_folder_in_a_checkpoint_is_not_made(pretrain):
 # Downstream
 
 
+NEW = (
+    *("-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1"),
+    *("-c", "downstream/voxceleb1/tiny.yaml"),
+)
+STEPS = ",,".join(
+    f"config.runner.{key}={value}"
+    for key, value in {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}.items()
+)
+
+
 def link_data(workspace: Path, folder: Path) -> None:
     for name in ("data", "audio", "downstream"):
         os.symlink(workspace / name, folder / name)
@@ -101,11 +113,7 @@ def finished_downstream(superb_workspace, tmp_path_factory):
     """A folder with a run of SID in ``result/downstream/x``."""
     folder = tmp_path_factory.mktemp("downstream")
     link_data(superb_workspace, folder)
-    steps = {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}
-    overrides = ",,".join(f"config.runner.{key}={value}" for key, value in steps.items())
-    argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "--device", "cpu", "-n", "x"]
-    argv += ["-c", "downstream/voxceleb1/tiny.yaml", "-o", overrides]
-    command("run_downstream.py", *argv, cwd=folder)
+    command("run_downstream.py", *NEW, "--device", "cpu", "-n", "x", "-o", STEPS, cwd=folder)
     return folder
 
 
@@ -198,20 +206,8 @@ def test_the_config_in_the_folder_gives_an_equal_run(downstream, workspace):
     assert len(weights) > 2 and not unequal(weights, others)
 
 
-NEW = (
-    "-m",
-    "train",
-    "-u",
-    "fbank_no_cmvn",
-    "-d",
-    "voxceleb1",
-    "-c",
-    "downstream/voxceleb1/tiny.yaml",
-)
-
-
 def test_auto_resume_uses_the_overridden_folder(downstream, workspace, capfd):
-    more = "args.expdir='result/downstream/x',,config.runner.total_steps=8"
+    more = f"args.expdir='result/downstream/x',,{STEPS}"
     with pytest.raises(SystemExit) as raised:
         downstream(*NEW, "-n", "other", "-o", more)
     assert raised.value.code == 2
@@ -221,6 +217,62 @@ def test_auto_resume_uses_the_overridden_folder(downstream, workspace, capfd):
     assert not Path("result/downstream/other").exists()
     after = contents(workspace / "result/downstream/x")  # a finished run: no training
     assert after["states-8.ckpt"] == before["states-8.ckpt"] and not Path("other").exists()
+
+
+CHECKPOINT = "result/downstream/x/states-8.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("-u", "fbank"), ("-u fbank", "fbank_no_cmvn")),
+        (("-d", "emotion"), ("-d emotion", "voxceleb1")),
+        (("-v", "fold2"), ("-v fold2", "no -v")),
+        (("-k", "student.pt"), ("-k student.pt", "no -k")),
+        (("-g", "other.yaml"), ("-g other.yaml", "no -g")),
+        (("-s", "last"), ("-s last", "-s hidden_states")),
+        (("-l", "-1"), ("-l -1", "no -l")),
+        (("-f",), ("-f", "no -f")),
+        (("--upstream_feature_normalize",), ("no --upstream_feature_normalize",)),
+        (("--upstream_ck=student.pt",), ("--upstream_ck:", "in full")),
+        (("-c", "other.yaml"), ("-c other.yaml", "optimizer.lr", "1e-05")),
+        (("-c", "downstream/voxceleb1/tiny.yaml"), ("runner.total_steps 8 ->",)),  # without -o
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_options_that_differ_from_the_checkpoint(
+    downstream, workspace, capfd, mode, options, parts
+):
+    """s3prl ignores them: the results would be those of the checkpoint's upstream and recipe."""
+    resume = ("-m", "train", "-n", "x", "-a")
+    if mode == "evaluate":
+        resume = (*EVALUATE, "-e", CHECKPOINT)
+    recipe = yaml.safe_load(Path("downstream/voxceleb1/tiny.yaml").read_text())
+    recipe["optimizer"]["lr"] = 1e-5
+    Path("other.yaml").write_text(yaml.safe_dump(recipe))
+    Path("student.pt").touch()
+    before = contents(workspace / "result")
+    with pytest.raises(SystemExit) as raised:
+        downstream(*resume, *options)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert raised.value.code == 2 and CHECKPOINT in error
+    assert all(part in error for part in parts), error
+    assert contents(workspace / "result") == before
+
+
+def test_the_command_of_a_run_again_and_longer(downstream, workspace):
+    longer = f"{STEPS},,config.runner.total_steps=12"
+    again = (*NEW, "-s", "hidden_states", "-n", "x", "-a")
+    assert downstream(*again, "-o", longer) == 0
+    assert read_checkpoint("result/downstream/x/states-12.ckpt")["Step"] == 12
+    assert downstream(*again, "-o", longer) == 0
+    # a value of -o is used, so the option that it replaces is not compared
+    prepare([*again, "-u", "fbank", "-o", f"{longer},,args.upstream='fbank'", "--device", "cpu"])
+
+
+def test_i_with_e():
+    with pytest.raises(SetupError, match="-i .*-e"):
+        prepare([*EVALUATE, "-i", "a.ckpt", "-e", "b.ckpt"])
 
 
 def test_two_trainings_in_one_folder(downstream, workspace, lock_holder, capfd):
