@@ -19,10 +19,12 @@ import pytest
 import torch
 import yaml
 
+import s3prl_ekd
 from s3prl_ekd import launch
 from s3prl_ekd.downstream.run import prepare
 from s3prl_ekd.errors import EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.results import read_record, read_results
 from s3prl_ekd.system.jobs import Jobs
@@ -30,6 +32,7 @@ from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 
 from .conftest import command
 from .kill_and_resume import flat_values, unequal
+from .students import random_student
 from .superb_runs import write_run
 from .superb_workspace import short_runs
 
@@ -268,6 +271,46 @@ def test_the_command_of_a_run_again_and_longer(downstream, workspace):
     assert downstream(*again, "-o", longer) == 0
     # a value of -o is used, so the option that it replaces is not compared
     prepare([*again, "-u", "fbank", "-o", f"{longer},,args.upstream='fbank'", "--device", "cpu"])
+
+
+@pytest.fixture
+def student_run(downstream, student_file):
+    """A run on ``student.pt`` in ``result/downstream/y``, and its arguments."""
+    shutil.copy(student_file, "student.pt")
+    argv = ("-m", "train", "-u", "ekd_student", "-k", "student.pt", *NEW[4:], "-n", "y", "-o")
+    assert downstream(*argv, STEPS) == 0
+    return argv
+
+
+def test_another_student_at_the_same_path(downstream, student_run, capfd, caplog):
+    """A head and the hidden states of another student would give a wrong score."""
+    checkpoint = "result/downstream/y/states-8.ckpt"
+    evaluate = (*EVALUATE, "-e", checkpoint)
+    assert downstream(*evaluate) == 0
+    longer = f"{STEPS},,config.runner.total_steps=12"
+    again = (*student_run, longer, "-a")
+    os.rename("student.pt", "moved.pt")
+    other = random_student(s3prl_ekd.load_student("moved.pt").student.settings, seed=9)
+    write_student(LoadedStudent(other, None, {}, {}), Path("student.pt"))
+    for argv in (evaluate, again):
+        with pytest.raises(SystemExit) as raised:
+            downstream(*argv)
+        assert raised.value.code == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert f"{checkpoint}: the upstream -k student.pt has changed" in error
+    assert not Path("result/downstream/y/states-12.ckpt").exists()
+    moved = "args.upstream_ckpt='moved.pt'"
+    assert downstream(*evaluate, "-o", moved) == 0 and "another upstream" not in caplog.text
+    assert downstream(*evaluate, "-o", "args.upstream_ckpt='student.pt'") == 0
+    assert "another upstream than student.pt" in caplog.text
+    assert downstream(*student_run, f"{longer},,{moved}", "-a") == 0
+    states = read_checkpoint("result/downstream/y/states-12.ckpt")
+    assert states["EKD_Upstream"]["sha256"] == contents(Path())["moved.pt"]
+    assert states["Args"].upstream_ckpt == "moved.pt"
+    states["Args"].upstream_ckpt = "student.pt"
+    states.pop("EKD_Upstream")  # of an earlier version
+    torch.save(states, "old.ckpt")
+    assert downstream(*EVALUATE, "-e", "old.ckpt") == 0
 
 
 def test_i_with_e():

@@ -237,6 +237,9 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     check_upstream_paths(
         args.get("upstream"), args.get("upstream_ckpt"), args.get("upstream_model_config")
     )
+    from .resume import check_upstream_unchanged  # which imports torch
+
+    check_upstream_unchanged(states, f"-e {path}", argument_overrides(request.override))
     config, source = states["Config"], f"the config in {path}"
     if request.override:
         config = apply_overrides(config, request.override)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..downstream.resume import check_upstream_unchanged
 from ..downstream.run import check_upstream_paths, run
 from ..errors import CheckpointError, TeacherError, first_line
 from ..files.config import to_plain_data
@@ -124,6 +125,7 @@ def load_asr_teacher(path: str) -> AsrTeacher:
     if getattr(args, "downstream", None) != "asr" or not parts <= states.keys():
         raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
     _check_run(args, config, path)
+    check_upstream_unchanged(states, path)
     # For inference only: load this checkpoint, on the CPU, without a language-model decoder.
     args.init_ckpt, args.device = path, "cpu"
     config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
