@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+import yaml
 
 from s3prl_ekd import cli, launch
 from s3prl_ekd.data.audio_files import AudioPart
@@ -159,6 +161,28 @@ def test_alpha_1_equals_s3prl_alone(workspace):
     for part in ("Featurizer", "Downstream"):
         for key, value in expected[part].items():
             assert value.equal(result[part][key]), (part, key)
+
+
+@pytest.mark.parametrize(("alpha", "warps"), [("0.25", False), ("1", True)])
+def test_teachers_turn_time_warp_off(workspace, caplog, alpha, warps):
+    """It would shift the student's frames against the teachers'. The default recipe has it on."""
+    caplog.set_level("INFO")
+    recipe = yaml.safe_load((workspace / YAML[1]).read_text())
+    recipe["specaug"] = {"apply_time_warp": True, "apply_time_mask": True}
+    Path("warp.yaml").write_text(yaml.safe_dump(recipe))
+    options = (f"warp{alpha}", "--alpha", alpha, "-c", "warp.yaml")
+    assert essence(*options) == 0
+    specaug = states(options[0])["Config"]["specaug"]
+    assert specaug == {"apply_time_warp": warps, "apply_time_mask": True}
+    assert ("apply_time_warp is off" in caplog.text) != warps
+    assert essence(*options, "-a") == 0  # the same command again
+
+
+def test_specaug_with_a_time_warp_alone(workspace, capsys):
+    masks = (f"config.specaug.apply_{kind}_mask=False" for kind in ("time", "freq"))
+    with pytest.raises(SystemExit):
+        essence("warped", override=",,".join([STEPS, *masks]))
+    assert "error: specaug has only a time warp" in capsys.readouterr().err
 
 
 def test_a_resumed_run_takes_the_options_of_the_command(distilled):

@@ -2,8 +2,8 @@
 
 The teachers are runs of `run_downstream.py -d asr` with any upstream. Their frame posteriors are
 averaged and the essential classes selected. A new `-d asr` model on a frozen student is trained on
-these and on the transcripts; its checkpoints have s3prl's format. Keep specaug's time warp off: it
-shifts the student's frames relative to the teachers'.
+these and on the transcripts; its checkpoints have s3prl's format. With --alpha below 1, specaug's
+time warp is turned off: it would shift the student's frames against the teachers'.
 
 example:
   s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\

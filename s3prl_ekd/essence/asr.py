@@ -9,6 +9,7 @@ CTC loss by the multitask loss.
 from __future__ import annotations
 
 import copy
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..downstream.resume import check_upstream_unchanged
-from ..downstream.run import check_upstream_paths, run
-from ..errors import CheckpointError, TeacherError, first_line
+from ..downstream.run import ESSENCE, check_upstream_paths, run
+from ..errors import CheckpointError, ConfigError, TeacherError, first_line
 from ..files.config import to_plain_data
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..request import DownstreamRequest
@@ -29,6 +30,8 @@ from .selection import PosteriorSelection, select_posteriors, soft_label_loss
 
 if TYPE_CHECKING:
     from s3prl.downstream.asr.expert import DownstreamExpert
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
@@ -281,6 +284,24 @@ class MultitaskLoss:
         return self.log_records(split, records=records, logger=logger, **rest)
 
 
+def turn_off_time_warp(config: dict[str, Any], settings: EssenceSettings) -> None:
+    """Set ``specaug.apply_time_warp`` to False if the run has teachers: they hear the audio without
+    it, so the student's frames would be shifted against theirs. Without ``specaug`` there is none.
+    """
+    specaug = config.get("specaug")
+    if settings.alpha < 1 and specaug and specaug.get("apply_time_warp", True):
+        if not any(specaug.get(f"apply_{kind}_mask", True) for kind in ("time", "freq")):
+            raise ConfigError(
+                "specaug has only a time warp, which would shift the student's frames against the "
+                "teachers'; remove specaug from the recipe"
+            )
+        specaug["apply_time_warp"] = False
+        logger.info(
+            "essence: specaug.apply_time_warp is off, as it would shift the student's frames "
+            "against the teachers'"
+        )
+
+
 def distil_asr(
     script: Any, request: DownstreamRequest, ensemble: AsrEnsemble, settings: EssenceSettings
 ) -> None:
@@ -296,7 +317,8 @@ def distil_asr(
 
     def with_teachers(make_runner: Any) -> Any:
         def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
-            config["essence"] = to_plain_data(settings)
+            turn_off_time_warp(config, settings)
+            config[ESSENCE] = to_plain_data(settings)
             runner = make_runner(args, config)
             train_split = config["runner"].get("train_dataloader", "train")
             MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)
