@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     from ..essence.asr import (
         AsrEnsemble,
         EssenceSettings,
+        check_same_settings,
         checkpoint_in,
         distil_asr,
         load_asr_teacher,
@@ -104,6 +105,8 @@ def main(args: argparse.Namespace) -> int:
         settings = EssenceSettings(teachers, selection, args.alpha)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if request.past_exp:
+        check_same_settings(request.past_exp, settings)
     script = launch.import_script("run_downstream")
     ensemble = AsrEnsemble([load_asr_teacher(path) for path in teachers])
     sizes = (len(ensemble), selection, settings.alpha, len(ensemble.symbols))

@@ -67,12 +67,14 @@ TIME_WARP = "specaug.apply_time_warp"  # `essence asr` sets it to False
 
 def prepare(argv: Sequence[str]) -> DownstreamRequest:
     """Parse and check a command's arguments; see :func:`check_request`."""
-    return check_request(DownstreamRequest.parse(trust.read_option(argv)))
+    return check_request(DownstreamRequest.parse(trust.read_option(argv)), check_not_essence)
 
 
-def check_request(request: DownstreamRequest) -> DownstreamRequest:
+def check_request(
+    request: DownstreamRequest, *more_checks: Callable[[DownstreamRequest, Mapping[str, Any]], None]
+) -> DownstreamRequest:
     """Check a request and complete it: checkpoint to resume from, device, folder."""
-    request = check_and_resume(request, OPTION_CHECKS, RUN_CHECKS)
+    request = check_and_resume(request, OPTION_CHECKS, (*RUN_CHECKS, *more_checks))
     return in_noisy_folder(with_pinned_student(request))
 
 
@@ -330,6 +332,15 @@ def check_downstream_folder(request: DownstreamRequest, states: Mapping[str, Any
         make_folder(folder, SetupError)
     elif folder.is_dir() and not os.access(folder, os.W_OK):
         raise SetupError(f"cannot write to {folder}; choose another folder with -p")
+
+
+def check_not_essence(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Raise SetupError if a run of ``essence asr`` would be continued without its teachers."""
+    if states and ESSENCE in states["Config"] and request.mode == "train":
+        raise SetupError(
+            f"{request.past_exp} is a checkpoint of essence asr, whose teachers run_downstream.py "
+            "would leave out; resume it with the command that started it and -a"
+        )
 
 
 RUN_CHECKS = (
