@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,10 @@ import yaml
 
 import s3prl_ekd
 from s3prl_ekd import launch
-from s3prl_ekd.downstream.run import prepare
-from s3prl_ekd.errors import EkdError, SetupError
+from s3prl_ekd.downstream.run import check_same_config, prepare
+from s3prl_ekd.errors import CheckpointError, EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.request import DownstreamRequest
 from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.results import read_record, read_results
@@ -261,6 +263,21 @@ def test_options_that_differ_from_the_checkpoint(
     assert raised.value.code == 2 and CHECKPOINT in error
     assert all(part in error for part in parts), error
     assert contents(workspace / "result") == before
+
+
+@pytest.mark.parametrize(("in_file", "same"), [({"frame_shift": None}, True), ({}, True),
+                                               ({"frame_shift": 160}, False)])  # fmt: skip
+def test_the_frame_shift_that_s3prl_sets(tmp_path, in_file, same):
+    """Its recipe of SD writes it into the config."""
+
+    def config(datarc):
+        return {"downstream_expert": {"datarc": {"batch_size": 8, **datarc}}}
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config(in_file)))
+    request = DownstreamRequest(config=str(path), past_exp="states-1.ckpt")
+    with nullcontext() if same else pytest.raises(CheckpointError, match="frame_shift 320 -> 160"):
+        check_same_config(request, {"Config": config({"frame_shift": 320})})
 
 
 def test_the_command_of_a_run_again_and_longer(downstream, workspace):
