@@ -111,7 +111,8 @@ class Request:
             if not option.metadata or value is None or value == option.default:
                 continue
             name, letter = f"--{option.name}", option.metadata["letter"]
-            argv += [f"-{letter}"] if value is True else _option_argv(name, value, letter)
+            flag = [f"-{letter}" if letter else name]
+            argv += flag if value is True else _option_argv(name, value, letter)
         return [*argv, *self.passthrough]
 
     def command(self) -> list[str]:
@@ -166,8 +167,8 @@ def escape_override(text: str | None) -> str | None:
 
 
 def _option_argv(name: str, value: Any, letter: str = "") -> list[str]:
-    """An option and its value, as ``--option=value`` if the value begins with a dash."""
-    if str(value).startswith("-"):
+    """An option and its value, as ``--option=value`` if this is text that begins with a dash."""
+    if isinstance(value, str) and value.startswith("-"):
         return [f"{name}={value}"]
     return [f"-{letter}" if letter else name, str(value)]
 
@@ -276,7 +277,11 @@ class DownstreamRequest(Request):
     downstream_variant: str | None = _option("v")
     upstream_ckpt: str | None = _option("k")
     upstream_model_config: str | None = _option("g")
-    upstream_feature_selection: str = _option("s", "hidden_states")
+    upstream_feature_selection: str | None = _option("s")
+    upstream_layer_selection: int | None = _option("l", kind=int)
+    upstream_feature_normalize: bool = _option(default=False, kind=bool)
+    upstream_trainable: bool = _option("f", False, bool)
+    upstream_refresh: bool = _option("r", False, bool)
     init_ckpt: str | None = _option("i")
     cache_dir: str | None = _option()
     local_rank: int | None = _option(kind=int)

@@ -1,14 +1,17 @@
 """Essence KD of ASR models: two tiny teachers, one student, evaluation by s3prl."""
 
 import builtins
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+import yaml
 
 from s3prl_ekd import cli, launch
 from s3prl_ekd.data.audio_files import AudioPart
@@ -95,9 +98,12 @@ def states(name, step=4):
     return read_checkpoint(f"result/downstream/{name}/states-{step}.ckpt")
 
 
+SETTINGS = ("--top-k", "4", "--alpha", "0.25")
+
+
 @pytest.fixture(scope="module")
 def distilled(workspace):
-    assert essence("essence", "--top-k", "4", "--alpha", "0.25") == 0
+    assert essence("essence", *SETTINGS) == 0
     return workspace / "result" / "downstream" / "essence"
 
 
@@ -161,10 +167,83 @@ def test_alpha_1_equals_s3prl_alone(workspace):
             assert value.equal(result[part][key]), (part, key)
 
 
-def test_a_resumed_run_takes_the_options_of_the_command(distilled):
-    essence("essence", "-a", "--steps", "6", "--alpha", "0")
-    saved = states("essence", 6)
-    assert saved["Step"] == 6 and saved["Config"]["essence"]["alpha"] == 0
+@pytest.mark.parametrize(("alpha", "warps"), [("0.25", False), ("1", True)])
+def test_teachers_turn_time_warp_off(workspace, caplog, alpha, warps):
+    """It would shift the student's frames against the teachers'. The default recipe has it on."""
+    caplog.set_level("INFO")
+    recipe = yaml.safe_load((workspace / YAML[1]).read_text())
+    recipe["specaug"] = {"apply_time_warp": True, "apply_time_mask": True}
+    Path("warp.yaml").write_text(yaml.safe_dump(recipe))
+    options = (f"warp{alpha}", "--alpha", alpha, "-c", "warp.yaml")
+    assert essence(*options) == 0
+    specaug = states(options[0])["Config"]["specaug"]
+    assert specaug == {"apply_time_warp": warps, "apply_time_mask": True}
+    assert ("apply_time_warp is off" in caplog.text) != warps
+    assert essence(*options, "-a") == 0  # the same command again
+
+
+def test_specaug_with_a_time_warp_alone(workspace, capsys):
+    masks = (f"config.specaug.apply_{kind}_mask=False" for kind in ("time", "freq"))
+    with pytest.raises(SystemExit):
+        essence("warped", override=",,".join([STEPS, *masks]))
+    assert "error: specaug has only a time warp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "models", "variable"),
+    [
+        (("--alpha", "0"), ("hubert", "wavlm"), r"alpha 0\.25 -> 0\.0"),
+        (("--top-k", "3"), ("hubert", "wavlm"), r"selection\.top_k 4 -> 3"),
+        (("--mass", "0.9"), ("hubert", "wavlm"), r"selection\.mass None -> 0\.9"),
+        ((), ("hubert",), r"teachers\[1\]\.path '.*/wavlm/.*' -> \(not set\)"),
+        ((), ("wavlm", "hubert"), r"teachers\[0\]\.path '.*/hubert/.*' -> '.*/wavlm/.*'"),
+    ],
+)
+def test_a_resumed_run_with_other_settings(distilled, capsys, options, models, variable):
+    """The checkpoint would have the new ones for all of the run."""
+    longer = (*SETTINGS, "-a", "--steps", "6")
+    with pytest.raises(SystemExit):
+        essence("essence", *longer, *options, teachers=models)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "states-4.ckpt" in error and re.search(variable, error)
+    assert not (distilled / "states-6.ckpt").exists()
+
+
+def test_a_resumed_run_keeps_its_settings(distilled, workspace, capsys):
+    longer = (*SETTINGS, "-a", "--steps", "6")
+    runs = workspace / "result/downstream"
+    shutil.copytree(distilled, runs / "longer")
+    shutil.copytree(runs / "wavlm", runs / "moved")
+    assert essence("longer", *longer, teachers=("hubert", "moved")) == 0  # the same files
+    saved = states("longer", 6)
+    assert saved["Step"] == 6 and saved["Config"]["essence"]["alpha"] == 0.25
+    teacher = Path(saved["Config"]["essence"]["teachers"][0])
+    size = teacher.stat().st_size
+    with open(teacher, "ab") as file:
+        file.write(b"changed")
+    with pytest.raises(SystemExit):
+        essence("longer", *longer, teachers=("hubert", "moved"))
+    assert "teachers have changed since" in capsys.readouterr().err
+    os.truncate(teacher, size)
+    # of an earlier version
+    del saved["Config"]["essence"]["sha256"]
+    (runs / "earlier").mkdir()
+    torch.save(saved, runs / "earlier/states-6.ckpt")
+    assert essence("earlier", *longer, teachers=("hubert", "moved")) == 0
+    with pytest.raises(SystemExit):
+        essence("earlier", *longer, "--alpha", "0")
+    assert "alpha 0.25 -> 0.0" in capsys.readouterr().err
+
+
+def test_runs_with_and_without_teachers(distilled, workspace, capsys):
+    """Neither command continues the other's run."""
+    with pytest.raises(SystemExit):
+        run_downstream("-u", "ekd_student", "-k", "student.pt", "-n", "essence", "-a", "-o", STEPS)
+    assert "essence asr" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        essence("hubert", "-a", "--student-ckpt", str(states("hubert")["Args"].upstream_ckpt),
+                "--student-upstream", "hubert_local")  # fmt: skip
+    assert "run_downstream.py" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_interrupted_run_resumes_exactly(workspace):

@@ -82,7 +82,11 @@ def test_parse_inverts_command():
         seed=0,
         noise=NoisyTest("-street", -2.5, 3),
         cache=CacheOptions("-cache", 2.5),
-        passthrough=("-f",),
+        upstream_layer_selection=-1,
+        upstream_trainable=True,
+        upstream_feature_normalize=True,
+        upstream_refresh=True,
+        passthrough=("--verbose",),
     )
     script, *argv = request.command()
     assert script == "run_downstream.py" and DownstreamRequest.parse(argv) == request

@@ -12,15 +12,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+import s3prl_ekd
 from s3prl_ekd import launch
-from s3prl_ekd.errors import EkdError, SetupError
+from s3prl_ekd.downstream.run import check_same_config, prepare
+from s3prl_ekd.errors import CheckpointError, EkdError, SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.request import DownstreamRequest
+from s3prl_ekd.student_file import LoadedStudent, write_student
 from s3prl_ekd.superb import run as superb
 from s3prl_ekd.superb.results import read_record, read_results
 from s3prl_ekd.system.jobs import Jobs
@@ -29,6 +35,7 @@ from s3prl_ekd.system.lock import LOCK_FILE, FolderLock
 from .conftest import command
 from .corpora import write_noise
 from .kill_and_resume import flat_values, unequal
+from .students import random_student
 from .superb_runs import write_run
 from .superb_workspace import short_runs
 
@@ -92,6 +99,16 @@ def test_the_folder_in_a_checkpoint_is_not_made(pretrain):
 # Downstream
 
 
+NEW = (
+    *("-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1"),
+    *("-c", "downstream/voxceleb1/tiny.yaml"),
+)
+STEPS = ",,".join(
+    f"config.runner.{key}={value}"
+    for key, value in {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}.items()
+)
+
+
 def link_data(workspace: Path, folder: Path) -> None:
     for name in ("data", "audio", "downstream"):
         os.symlink(workspace / name, folder / name)
@@ -102,11 +119,7 @@ def finished_downstream(superb_workspace, tmp_path_factory):
     """A folder with a run of SID in ``result/downstream/x``."""
     folder = tmp_path_factory.mktemp("downstream")
     link_data(superb_workspace, folder)
-    steps = {"total_steps": 8, "log_step": 4, "eval_step": 4, "save_step": 4}
-    overrides = ",,".join(f"config.runner.{key}={value}" for key, value in steps.items())
-    argv = ["-m", "train", "-u", "fbank_no_cmvn", "-d", "voxceleb1", "--device", "cpu", "-n", "x"]
-    argv += ["-c", "downstream/voxceleb1/tiny.yaml", "-o", overrides]
-    command("run_downstream.py", *argv, cwd=folder)
+    command("run_downstream.py", *NEW, "--device", "cpu", "-n", "x", "-o", STEPS, cwd=folder)
     return folder
 
 
@@ -226,20 +239,8 @@ def test_the_config_in_the_folder_gives_an_equal_run(downstream, workspace):
     assert len(weights) > 2 and not unequal(weights, others)
 
 
-NEW = (
-    "-m",
-    "train",
-    "-u",
-    "fbank_no_cmvn",
-    "-d",
-    "voxceleb1",
-    "-c",
-    "downstream/voxceleb1/tiny.yaml",
-)
-
-
 def test_auto_resume_uses_the_overridden_folder(downstream, workspace, capfd):
-    more = "args.expdir='result/downstream/x',,config.runner.total_steps=8"
+    more = f"args.expdir='result/downstream/x',,{STEPS}"
     with pytest.raises(SystemExit) as raised:
         downstream(*NEW, "-n", "other", "-o", more)
     assert raised.value.code == 2
@@ -249,6 +250,117 @@ def test_auto_resume_uses_the_overridden_folder(downstream, workspace, capfd):
     assert not Path("result/downstream/other").exists()
     after = contents(workspace / "result/downstream/x")  # a finished run: no training
     assert after["states-8.ckpt"] == before["states-8.ckpt"] and not Path("other").exists()
+
+
+CHECKPOINT = "result/downstream/x/states-8.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("-u", "fbank"), ("-u fbank", "fbank_no_cmvn")),
+        (("-d", "emotion"), ("-d emotion", "voxceleb1")),
+        (("-v", "fold2"), ("-v fold2", "no -v")),
+        (("-k", "student.pt"), ("-k student.pt", "no -k")),
+        (("-g", "other.yaml"), ("-g other.yaml", "no -g")),
+        (("-s", "last"), ("-s last", "-s hidden_states")),
+        (("-l", "-1"), ("-l -1", "no -l")),
+        (("-f",), ("-f", "no -f")),
+        (("--upstream_feature_normalize",), ("no --upstream_feature_normalize",)),
+        (("--upstream_ck=student.pt",), ("--upstream_ck:", "in full")),
+        (("-c", "other.yaml"), ("-c other.yaml", "optimizer.lr", "1e-05")),
+        (("-c", "downstream/voxceleb1/tiny.yaml"), ("runner.total_steps 8 ->",)),  # without -o
+    ],
+)
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_options_that_differ_from_the_checkpoint(
+    downstream, workspace, capfd, mode, options, parts
+):
+    """s3prl ignores them: the results would be those of the checkpoint's upstream and recipe."""
+    resume = ("-m", "train", "-n", "x", "-a")
+    if mode == "evaluate":
+        resume = (*EVALUATE, "-e", CHECKPOINT)
+    recipe = yaml.safe_load(Path("downstream/voxceleb1/tiny.yaml").read_text())
+    recipe["optimizer"]["lr"] = 1e-5
+    Path("other.yaml").write_text(yaml.safe_dump(recipe))
+    Path("student.pt").touch()
+    before = contents(workspace / "result")
+    with pytest.raises(SystemExit) as raised:
+        downstream(*resume, *options)
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert raised.value.code == 2 and CHECKPOINT in error
+    assert all(part in error for part in parts), error
+    assert contents(workspace / "result") == before
+
+
+@pytest.mark.parametrize(("in_file", "same"), [({"frame_shift": None}, True), ({}, True),
+                                               ({"frame_shift": 160}, False)])  # fmt: skip
+def test_the_frame_shift_that_s3prl_sets(tmp_path, in_file, same):
+    """Its recipe of SD writes it into the config."""
+
+    def config(datarc):
+        return {"downstream_expert": {"datarc": {"batch_size": 8, **datarc}}}
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config(in_file)))
+    request = DownstreamRequest(config=str(path), past_exp="states-1.ckpt")
+    with nullcontext() if same else pytest.raises(CheckpointError, match="frame_shift 320 -> 160"):
+        check_same_config(request, {"Config": config({"frame_shift": 320})})
+
+
+def test_the_command_of_a_run_again_and_longer(downstream, workspace):
+    longer = f"{STEPS},,config.runner.total_steps=12"
+    again = (*NEW, "-s", "hidden_states", "-n", "x", "-a")
+    assert downstream(*again, "-o", longer) == 0
+    assert read_checkpoint("result/downstream/x/states-12.ckpt")["Step"] == 12
+    assert downstream(*again, "-o", longer) == 0
+    # a value of -o is used, so the option that it replaces is not compared
+    prepare([*again, "-u", "fbank", "-o", f"{longer},,args.upstream='fbank'", "--device", "cpu"])
+
+
+@pytest.fixture
+def student_run(downstream, student_file):
+    """A run on ``student.pt`` in ``result/downstream/y``, and its arguments."""
+    shutil.copy(student_file, "student.pt")
+    argv = ("-m", "train", "-u", "ekd_student", "-k", "student.pt", *NEW[4:], "-n", "y", "-o")
+    assert downstream(*argv, STEPS) == 0
+    return argv
+
+
+def test_another_student_at_the_same_path(downstream, student_run, capfd, caplog):
+    """A head and the hidden states of another student would give a wrong score."""
+    checkpoint = "result/downstream/y/states-8.ckpt"
+    evaluate = (*EVALUATE, "-e", checkpoint)
+    assert downstream(*evaluate) == 0
+    longer = f"{STEPS},,config.runner.total_steps=12"
+    again = (*student_run, longer, "-a")
+    os.rename("student.pt", "moved.pt")
+    other = random_student(s3prl_ekd.load_student("moved.pt").student.settings, seed=9)
+    write_student(LoadedStudent(other, None, {}, {}), Path("student.pt"))
+    for argv in (evaluate, again):
+        with pytest.raises(SystemExit) as raised:
+            downstream(*argv)
+        assert raised.value.code == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert f"{checkpoint}: the upstream -k student.pt has changed" in error
+    assert not Path("result/downstream/y/states-12.ckpt").exists()
+    moved = "args.upstream_ckpt='moved.pt'"
+    assert downstream(*evaluate, "-o", moved) == 0 and "another upstream" not in caplog.text
+    assert downstream(*evaluate, "-o", "args.upstream_ckpt='student.pt'") == 0
+    assert "another upstream than student.pt" in caplog.text
+    assert downstream(*student_run, f"{longer},,{moved}", "-a") == 0
+    states = read_checkpoint("result/downstream/y/states-12.ckpt")
+    assert states["EKD_Upstream"]["sha256"] == contents(Path())["moved.pt"]
+    assert states["Args"].upstream_ckpt == "moved.pt"
+    states["Args"].upstream_ckpt = "student.pt"
+    states.pop("EKD_Upstream")  # of an earlier version
+    torch.save(states, "old.ckpt")
+    assert downstream(*EVALUATE, "-e", "old.ckpt") == 0
+
+
+def test_i_with_e():
+    with pytest.raises(SetupError, match="-i .*-e"):
+        prepare([*EVALUATE, "-i", "a.ckpt", "-e", "b.ckpt"])
 
 
 def test_two_trainings_in_one_folder(downstream, workspace, lock_holder, capfd):

@@ -16,7 +16,7 @@ from s3prl_ekd import cli
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.essence.units import Units, load_units, save_units
-from s3prl_ekd.pretrain.config_diff import config_differences, describe_changes
+from s3prl_ekd.files.config_diff import config_differences, describe_changes
 from s3prl_ekd.pretrain.distributed import distiller_batch, has_unused_layers
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.sweep import SweepRun

@@ -183,12 +183,17 @@ def test_options_read_from_a_script_are_those_of_its_parser(script, folder, monk
 
 
 @pytest.mark.parametrize(
-    "argv", [["--verbose"], ["--upstream_f"], ["-l", "-1"], ["-l1"], ["-rf"], ["--hub=torch"]]
+    "argv", [["--verbose"], ["--upstream_m"], ["-l", "-1"], ["-f", "-r"], ["--hub=torch"]]
 )
 def test_options_of_s3prl_are_passed_on(argv):
     request = DownstreamRequest.parse(argv)
     check_passthrough(request)
     assert request.argv() == argv
+
+
+@pytest.mark.parametrize(("argv", "parsed"), [("-l1", ["-l", "1"]), ("-rf", ["-f", "-r"])])
+def test_options_in_one_word(argv, parsed):
+    assert DownstreamRequest.parse([argv]).argv() == parsed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 import s3prl_ekd
 from s3prl_ekd.cli import main
-from s3prl_ekd.downstream.run import check_files, with_pinned_student
+from s3prl_ekd.downstream.run import check_files, check_same_options, with_pinned_student
 from s3prl_ekd.errors import CheckpointError, SetupError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.request import DownstreamRequest
@@ -114,6 +117,33 @@ def test_a_source_is_pinned(places, hub, monkeypatch):
     assert with_pinned_student(request).upstream_ckpt == pinned
     hub.repos["org/student"][commit(2)] = places / "hf"
     assert pin_student(pinned) == pinned != pin_student("org/student")
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded", "same"),
+    [
+        ("student.pt", "student.pt", True),
+        ("result/../student.pt", "student.pt", True),
+        ("copy.pt", "student.pt", True),
+        ("other.pt", "student.pt", False),
+        ("result/my_run", "result/my_run/states-3.ckpt", True),
+        ("result", "result/my_run/states-3.ckpt", False),
+        ("hf", "hf", True),
+        ("hf", "result/my_run/states-3.ckpt", False),
+        ("org/student", f"org/student@{commit(1)}", True),
+        (f"org/student@{commit(2)}", f"org/student@{commit(1)}", False),
+        ("org/another", f"org/student@{commit(1)}", False),
+    ],
+)
+def test_the_student_of_a_resumed_run(places, monkeypatch, given, recorded, same):
+    """``-k`` may be repeated as it was typed, without the Hub."""
+    monkeypatch.chdir(places)
+    shutil.copy("student.pt", "copy.pt")
+    Path("other.pt").write_bytes(b"another")
+    states = {"Args": Namespace(upstream="ekd_student", upstream_ckpt=recorded)}
+    request = DownstreamRequest(upstream="ekd_student", upstream_ckpt=given, past_exp="x.ckpt")
+    with nullcontext() if same else pytest.raises(SetupError, match=f"-k {given}: .*{recorded}"):
+        check_same_options(request, states)
 
 
 def test_upstreams_of_superb(places, hub, monkeypatch):

@@ -2,8 +2,8 @@
 
 The teachers are runs of `run_downstream.py -d asr` with any upstream. Their frame posteriors are
 averaged and the essential classes selected. A new `-d asr` model on a frozen student is trained on
-these and on the transcripts; its checkpoints have s3prl's format. Keep specaug's time warp off: it
-shifts the student's frames relative to the teachers'.
+these and on the transcripts; its checkpoints have s3prl's format. With --alpha below 1, specaug's
+time warp is turned off: it would shift the student's frames against the teachers'.
 
 example:
   s3prl-ekd essence asr --teachers result/downstream/asr_hubert result/downstream/asr_wavlm \\
@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
     from ..essence.asr import (
         AsrEnsemble,
         EssenceSettings,
+        check_same_settings,
         checkpoint_in,
         distil_asr,
         load_asr_teacher,
@@ -104,6 +105,8 @@ def main(args: argparse.Namespace) -> int:
         settings = EssenceSettings(teachers, selection, args.alpha)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if request.past_exp:
+        check_same_settings(request.past_exp, settings)
     script = launch.import_script("run_downstream")
     ensemble = AsrEnsemble([load_asr_teacher(path) for path in teachers])
     sizes = (len(ensemble), selection, settings.alpha, len(ensemble.symbols))

@@ -72,7 +72,7 @@ class ConvExtractor:
         """Convert the weights again at the next call."""
         self._digest: tuple[list[Any], bytes] = ([], b"")
         self._layers: list[ConvLayer] = []
-        self._key: Any = None  # of `_layers`
+        self._layers_of: tuple[torch.dtype, list[Tensor]] | None = None  # copies of the weights
 
     def __call__(self, waves: Tensor, lengths: Tensor) -> Tensor:
         """Compute features ``[batch, frame, channel]`` of waveforms ``[batch, sample]``, of which
@@ -107,7 +107,11 @@ class ConvExtractor:
         return shared[key]
 
     def digest(self) -> bytes:
-        """Digest of layers and weights, computed again when a weight has changed."""
+        """Digest of layers and weights, computed again when a weight has changed.
+
+        Changes by ``.data`` are not noticed before :meth:`forget_weights`: it is for the extractors
+        of teachers and of a student that is trained with a frozen one.
+        """
         versions = [*map(_version, self.module.parameters())]
         if self._digest[0] != versions:
             digest = hashlib.blake2b(digest_size=16)
@@ -134,17 +138,30 @@ class ConvExtractor:
         return dtype
 
     def _converted(self, dtype: torch.dtype) -> list[ConvLayer]:
-        """The layers; without gradients they are kept until a weight changes."""
+        """The layers; on a CPU, without gradients, they are kept until a weight changes.
+
+        Values are compared, as torch's version counter misses changes by ``.data`` and of inference
+        tensors. On a GPU, a comparison would wait for it, and the conversion takes microseconds.
+        """
         blocks: Any = self.module.conv_layers
         weights = [*self.module.parameters()]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return read_layers(blocks, dtype)
-        key = [dtype, *map(_version, weights)]
-        if self._key != key:
+        if self._layers_of is None or not _equal(self._layers_of, (dtype, weights)):
+            on_cpu = all(weight.device.type == "cpu" for weight in weights)
             with torch.inference_mode(False), torch.no_grad():  # usable where gradients are needed
                 self._layers = read_layers(blocks, dtype, contiguous=True)
-            self._key = key
+                self._layers_of = (dtype, [w.clone() for w in weights]) if on_cpu else None
         return self._layers
+
+
+def _equal(a: tuple[torch.dtype, list[Tensor]], b: tuple[torch.dtype, list[Tensor]]) -> bool:
+    """Whether both have the same type of the computation and equal weights."""
+    return (
+        a[0] == b[0]
+        and [(x.dtype, x.device) for x in a[1]] == [(y.dtype, y.device) for y in b[1]]
+        and all(map(torch.equal, a[1], b[1]))
+    )
 
 
 def _version(weight: Tensor) -> tuple[torch.device, int, int]:

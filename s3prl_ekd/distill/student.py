@@ -161,7 +161,7 @@ class Student(nn.Module):
     def train(self, mode: bool = True) -> Student:
         """Set train or eval mode."""
         if self.conv is not None:
-            self.conv.forget_weights()  # an optimizer may change weights unnoticed
+            self.conv.forget_weights()  # for digest(): an optimizer may change weights unnoticed
         return super().train(mode)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,9 @@ which costs their loading time, and the random states are restored.
 s3prl also removes the older checkpoints before it writes a new one, so a run killed while saving
 could lose all of its training. Here they are removed once the new one is written.
 
+A checkpoint has the SHA-256 of the upstream's file, too, so that a head is never used with another
+upstream that was written to the same path.
+
 Not exact: several processes (torchrun), and ``fp16``, as s3prl does not save its loss scale.
 """
 
@@ -17,15 +20,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..compat.replaced import replaced
-from ..files.formats import CHECKPOINT_PARTS, RESUME
+from ..errors import CheckpointError
+from ..files.formats import CHECKPOINT_PARTS, RESUME, UPSTREAM
 from ..system.random_states import random_states, set_random_states
+from ..teachers.student_source import find_student
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +99,42 @@ class ResumableLoader:
         return getattr(self._loader, name)
 
 
+def upstream_sha256(name: Any, path: Any) -> str | None:
+    """SHA-256 of an upstream's file, or of a student's folder; None for a name, URL or id."""
+    is_folder = path and Path(str(path)).is_dir() and str(name).startswith("ekd_student")
+    return find_student(path).sha256() if is_folder or (path and Path(path).is_file()) else None
+
+
+def check_upstream_unchanged(
+    states: Mapping[str, Any], location: str, overrides: Mapping[str, Any] | None = None
+) -> None:
+    """Check that an upstream's file is that with which a downstream run was trained.
+
+    Args:
+        states: the run's checkpoint. One of an earlier version has no SHA-256, and passes.
+        location: starts the message.
+        overrides: of the arguments, by ``-o``. Another upstream that they name gives a warning.
+
+    Raises:
+        CheckpointError: the file has changed.
+    """
+    args, overrides = vars(states["Args"]), overrides or {}
+    saved = states.get(UPSTREAM)
+    expected = saved.get("sha256") if isinstance(saved, Mapping) else None
+    path = overrides.get("upstream_ckpt", args.get("upstream_ckpt"))
+    current = upstream_sha256(args.get("upstream"), path) if expected else None
+    if current is None or current == expected:
+        return
+    if "upstream_ckpt" in overrides:
+        logger.warning("%s was trained on another upstream than %s", location, path)
+        return
+    raise CheckpointError(
+        f"{location}: the upstream -k {path} has changed since this run was trained on it; restore "
+        "the file, or train another run on the new one. If the file was only moved, add -o "
+        "\"args.upstream_ckpt='PATH'\""
+    )
+
+
 def _keep_corpus(model: Any) -> Callable[..., Any]:
     """The model's ``get_dataloader``, with its ``corpus`` settings restored after each call.
 
@@ -123,7 +165,10 @@ def resumable_runner(runner: Any) -> Any:
     """Subclass s3prl's downstream ``Runner`` to save and restore its position in the epoch."""
 
     class ResumableRunner(runner):
-        def __init__(self, args, config):
+        def __init__(self, args: Namespace, config: dict[str, Any]):
+            training = args.mode == "train"
+            digest = upstream_sha256(args.upstream, args.upstream_ckpt) if training else None
+            self._upstream = {"version": CHECKPOINT_PARTS[UPSTREAM], "sha256": digest}
             super().__init__(args, config)
             single = not torch.distributed.is_initialized()
             saved = self.init_ckpt.get(KEY) if single and args.mode == "train" else None
@@ -158,7 +203,8 @@ def resumable_runner(runner: Any) -> Any:
             def save_with_position(states, path, *args, **kwargs):
                 if not (isinstance(states, dict) and "Downstream" in states):
                     return save(states, path, *args, **kwargs)
-                save({**states, KEY: self._position.state()}, path, *args, **kwargs)
+                own = {KEY: self._position.state(), UPSTREAM: self._upstream}
+                save({**states, **own}, path, *args, **kwargs)
                 if _is_resumable(path):
                     while outdated:
                         remove(outdated.pop())

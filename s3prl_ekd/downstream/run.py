@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -23,7 +24,9 @@ from ..errors import CheckpointError, ConfigError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import apply_overrides, argument_overrides, override_value, read_yaml
+from ..files.config_diff import MISSING, check_config_file, config_differences
 from ..files.formats import check_part_versions
+from ..files.hub import same_model
 from ..files.run_checkpoints import RECORD
 from ..files.text import read_json
 from ..request import (
@@ -38,28 +41,48 @@ from ..request import (
     script_guards,
 )
 from ..system.lock import LOCK_FILE
-from ..teachers.student_source import check_student, find_student, pin_student
+from ..teachers.student_source import check_student, contents_sha256, find_student, pin_student
 from .tasks import TASKS, task_of
 from .tasks.lookup import check_override_keys
+
+logger = logging.getLogger(__name__)
 
 MODES = ("train", "evaluate", "inference")
 WITH_HEADS = "hidden_states_and_heads"
 NOISY = "noisy"  # subfolder of a run with the predictions of evaluations under noise
+# What s3prl takes from the checkpoint of a resumed run, whatever the command says.
+KEPT_OPTIONS = {
+    "downstream": "-d",
+    "downstream_variant": "-v",
+    "upstream": "-u",
+    "upstream_ckpt": "-k",
+    "upstream_model_config": "-g",
+    "upstream_feature_selection": "-s",
+    "upstream_layer_selection": "-l",
+    "upstream_feature_normalize": "--upstream_feature_normalize",
+    "upstream_trainable": "-f",
+}
+FRAME_SHIFT = "downstream_expert.datarc.frame_shift"  # SD: s3prl sets it from the upstream
+ESSENCE = "essence"  # settings of `essence asr` in a checkpoint's Config, which its YAML lacks
+TIME_WARP = "specaug.apply_time_warp"  # `essence asr` sets it to False
 
 
 def prepare(argv: Sequence[str], *, by_superb: bool = False) -> DownstreamRequest:
-    """Parse and check a command's arguments; see :func:`check_request`."""
-    return check_request(DownstreamRequest.parse(trust.read_option(argv)), by_superb=by_superb)
+    """Parse and check a command's arguments; see :func:`check_request`.
 
-
-def check_request(request: DownstreamRequest, *, by_superb: bool = False) -> DownstreamRequest:
-    """Check a request and complete it: checkpoint to resume from, device, folder.
-
-    Args:
-        by_superb: whether it is one of ``superb``, which may write into the folders of its runs.
+    ``by_superb``: whether it is one of ``superb``, which may write into the folders of its runs.
     """
-    run_checks = RUN_CHECKS if by_superb else (check_superb_folder, *RUN_CHECKS)
-    request = check_and_resume(request, OPTION_CHECKS, run_checks)
+    checks = () if by_superb else (check_superb_folder,)
+    return check_request(
+        DownstreamRequest.parse(trust.read_option(argv)), *checks, check_not_essence
+    )
+
+
+def check_request(
+    request: DownstreamRequest, *more_checks: Callable[[DownstreamRequest, Mapping[str, Any]], None]
+) -> DownstreamRequest:
+    """Check a request and complete it: checkpoint to resume from, device, folder."""
+    request = check_and_resume(request, OPTION_CHECKS, (*RUN_CHECKS, *more_checks))
     return in_noisy_folder(with_pinned_student(request))
 
 
@@ -99,7 +122,9 @@ def _no_such_upstream(name: str) -> SetupError:
 
 
 def check_files(request: DownstreamRequest) -> None:
-    """Check that the files after ``-i`` and ``-k`` exist."""
+    """Check that the files after ``-i`` and ``-k`` exist, and that ``-i`` is not ignored."""
+    if request.init_ckpt and request.past_exp and not request.auto_resume:
+        raise SetupError(f"-i {request.init_ckpt} has no effect with -e; leave one of them out")
     if request.init_ckpt and not Path(request.init_ckpt).is_file():
         raise CheckpointError(f"-i {request.init_ckpt}: no such checkpoint")
     student = _student(request)
@@ -222,6 +247,9 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     check_upstream_paths(
         args.get("upstream"), args.get("upstream_ckpt"), args.get("upstream_model_config")
     )
+    from .resume import check_upstream_unchanged  # which imports torch
+
+    check_upstream_unchanged(states, f"-e {path}", argument_overrides(request.override))
     config, source = states["Config"], f"the config in {path}"
     if request.override:
         config = apply_overrides(config, request.override)
@@ -232,6 +260,59 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     check_splits(downstream, config, source, request.split)
     check_fold(fold, f"-e {path}: downstream_variant")
     check_corpus(downstream, config, source, request.split, fold=fold)
+
+
+def check_same_options(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Raise SetupError for an option that differs from the checkpoint's, which s3prl uses."""
+    args = vars(states["Args"]) if states else {}
+    for name in (argument.split("=")[0] for argument in request.passthrough if args):
+        if len(name) > 2 and any(f"--{option}".startswith(name) for option in KEPT_OPTIONS):
+            raise SetupError(
+                f"{name}: write the option in full; it is compared with that of {request.past_exp}"
+            )
+    for name in (args.keys() & KEPT_OPTIONS.keys()) - argument_overrides(request.override).keys():
+        value, recorded, option = getattr(request, name), args[name], KEPT_OPTIONS[name]
+        if value is None or value is False or value == recorded:
+            continue
+        if option in ("-k", "-g") and recorded and _same_source(str(value), str(recorded)):
+            logger.info("%s %s: using %s, as the checkpoint records", option, value, recorded)
+            continue
+        given = option if value is True else f"{option} {value}"
+        has = f"has {option} {recorded}" if recorded not in (None, False) else f"has no {option}"
+        raise SetupError(
+            f"{given}: the run of {request.past_exp} {has}; leave it out, or start another run"
+        )
+
+
+def _same_source(given: str, recorded: str) -> bool:
+    """Whether a path or id means the file, or the pinned student, that a checkpoint records."""
+    if same_model(given, recorded):
+        return True
+    path, other = Path(given), Path(recorded)
+    if path.resolve() in (other.resolve(), other.resolve().parent):  # a run's folder
+        return True
+    if not (path.is_file() and other.is_file()):
+        return False
+    return contents_sha256(path) == contents_sha256(other)
+
+
+def check_same_config(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if ``-c`` differs from the config in the checkpoint, which s3prl uses.
+
+    Both are compared with ``-o`` applied, so the command that started the run may be repeated.
+    """
+    if not states or request.config is None:
+        return
+    in_file, saved = read_yaml(request.config), states["Config"]
+    if request.override:
+        in_file, saved = (apply_overrides(data, request.override) for data in (in_file, saved))
+    changes = config_differences(saved, in_file)
+    if changes.get(FRAME_SHIFT, ("", ""))[1] in (None, MISSING):
+        del changes[FRAME_SHIFT]
+    if ESSENCE in saved:
+        changes = {key: pair for key, pair in changes.items() if key != TIME_WARP}
+        changes = {key: pair for key, pair in changes.items() if key.split(".")[0] != ESSENCE}
+    check_config_file(request.config, changes, str(request.past_exp), "-c")
 
 
 def check_upstream_paths(name: Any, checkpoint: Any, config: Any) -> None:
@@ -280,9 +361,20 @@ def check_superb_folder(request: DownstreamRequest, states: Mapping[str, Any]) -
             )
 
 
+def check_not_essence(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
+    """Raise SetupError if a run of ``essence asr`` would be continued without its teachers."""
+    if states and ESSENCE in states["Config"] and request.mode == "train":
+        raise SetupError(
+            f"{request.past_exp} is a checkpoint of essence asr, whose teachers run_downstream.py "
+            "would leave out; resume it with the command that started it and -a"
+        )
+
+
 RUN_CHECKS = (
     check_new_downstream,
     check_resumed_downstream,
+    check_same_options,
+    check_same_config,
     check_seed,
     check_device,
     check_downstream_folder,

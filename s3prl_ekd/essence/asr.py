@@ -9,6 +9,7 @@ CTC loss by the multitask loss.
 from __future__ import annotations
 
 import copy
+import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..downstream.run import check_upstream_paths, run
-from ..errors import CheckpointError, TeacherError, first_line
+from ..downstream.resume import check_upstream_unchanged
+from ..downstream.run import ESSENCE, check_upstream_paths, run
+from ..errors import CheckpointError, ConfigError, TeacherError, first_line
+from ..files.atomic import file_sha256
 from ..files.config import to_plain_data
+from ..files.config_diff import config_differences, describe_changes
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..request import DownstreamRequest
 from .selection import PosteriorSelection, select_posteriors, soft_label_loss
 
 if TYPE_CHECKING:
     from s3prl.downstream.asr.expert import DownstreamExpert
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("RNNs", "Wav2Letter")  # the acoustic models of s3prl's asr expert
 
@@ -124,6 +130,7 @@ def load_asr_teacher(path: str) -> AsrTeacher:
     if getattr(args, "downstream", None) != "asr" or not parts <= states.keys():
         raise CheckpointError(f"{path} is not a checkpoint of run_downstream.py -d asr")
     _check_run(args, config, path)
+    check_upstream_unchanged(states, path)
     # For inference only: load this checkpoint, on the CPU, without a language-model decoder.
     args.init_ckpt, args.device = path, "cpu"
     config["downstream_expert"]["datarc"]["decoder_args"] = {"decoder_type": "None"}
@@ -279,6 +286,68 @@ class MultitaskLoss:
         return self.log_records(split, records=records, logger=logger, **rest)
 
 
+def settings_record(settings: EssenceSettings) -> dict[str, Any]:
+    """The settings in a checkpoint's Config, with the SHA-256 of each teacher."""
+    digests = [file_sha256(path) for path in settings.teachers]
+    return {**to_plain_data(settings), "sha256": digests}
+
+
+def _by_teacher(record: dict[str, Any]) -> dict[str, Any]:
+    """A record in which each teacher is compared by itself."""
+    paths = record.get("teachers")
+    paths = paths if isinstance(paths, list) else []
+    return {**record, "teachers": [{"path": path} for path in paths]}
+
+
+def check_same_settings(path: str, settings: EssenceSettings) -> None:
+    """Check that the settings are those of the checkpoint from which a run is resumed.
+
+    Raises:
+        CheckpointError: they differ, teachers have changed, or it is a run without teachers.
+    """
+    saved = read_checkpoint(path)["Config"].get(ESSENCE)
+    if not isinstance(saved, dict):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of essence asr; resume it with run_downstream.py, or name "
+            "another run with -n"
+        )
+    current = settings_record(settings)
+    if saved.get("sha256") == current["sha256"]:  # maybe at other paths
+        current["teachers"] = saved.get("teachers")
+    elif "sha256" not in saved:  # of an earlier version
+        del current["sha256"]
+    changes = config_differences(_by_teacher(saved), _by_teacher(current))
+    if changes.keys() == {"sha256"}:
+        raise CheckpointError(
+            f"teachers have changed since {path} was written; restore them, or start a new run "
+            "under another -n"
+        )
+    changes.pop("sha256", None)
+    if changes:
+        raise CheckpointError(
+            f"the run of {path} has other settings: {describe_changes(changes)}; resume it with "
+            "the command that started it and -a, or start a new run under another -n"
+        )
+
+
+def turn_off_time_warp(config: dict[str, Any], settings: EssenceSettings) -> None:
+    """Set ``specaug.apply_time_warp`` to False if the run has teachers: they hear the audio without
+    it, so the student's frames would be shifted against theirs. Without ``specaug`` there is none.
+    """
+    specaug = config.get("specaug")
+    if settings.alpha < 1 and specaug and specaug.get("apply_time_warp", True):
+        if not any(specaug.get(f"apply_{kind}_mask", True) for kind in ("time", "freq")):
+            raise ConfigError(
+                "specaug has only a time warp, which would shift the student's frames against the "
+                "teachers'; remove specaug from the recipe"
+            )
+        specaug["apply_time_warp"] = False
+        logger.info(
+            "essence: specaug.apply_time_warp is off, as it would shift the student's frames "
+            "against the teachers'"
+        )
+
+
 def distil_asr(
     script: Any, request: DownstreamRequest, ensemble: AsrEnsemble, settings: EssenceSettings
 ) -> None:
@@ -289,12 +358,14 @@ def distil_asr(
         request: checked.
         ensemble: built before the script sets its seeds, so that a run with ``alpha`` 1
             draws the same random numbers as a run of s3prl alone.
-        settings: saved under ``essence`` in the checkpoint's ``Config``.
+        settings: those of :func:`check_same_settings`; saved under ``essence`` in the checkpoint's
+            ``Config``.
     """
 
     def with_teachers(make_runner: Any) -> Any:
         def make_runner_with_teachers(args: Namespace, config: dict[str, Any]) -> Any:
-            config["essence"] = to_plain_data(settings)
+            turn_off_time_warp(config, settings)
+            config[ESSENCE] = settings_record(settings)
             runner = make_runner(args, config)
             train_split = config["runner"].get("train_dataloader", "train")
             MultitaskLoss(runner, ensemble.to(args.device), settings, train_split)

@@ -29,7 +29,7 @@ from ..distill.student import Student
 from ..distill.student_settings import Architecture
 from ..errors import CheckpointError, ConfigError
 from ..files.config import from_plain_data
-from ..pretrain.config_diff import config_differences, describe_changes
+from ..files.config_diff import config_differences, describe_changes
 from ..student_file import LoadedStudent, architecture, require_cut
 from ..teachers.student_source import contents_sha256
 

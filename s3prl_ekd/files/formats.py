@@ -9,8 +9,8 @@ from ..errors import CheckpointError, EkdError
 
 # Our parts of a checkpoint: key -> newest version that this package reads. A part without a version
 # has version 1.
-STUDENT, RUN_STATE, RESUME = "EKD", "EKD_Run", "EKD_Resume"
-CHECKPOINT_PARTS = {STUDENT: 3, RUN_STATE: 1, RESUME: 1}
+STUDENT, RUN_STATE, RESUME, UPSTREAM = "EKD", "EKD_Run", "EKD_Resume", "EKD_Upstream"
+CHECKPOINT_PARTS = {STUDENT: 3, RUN_STATE: 1, RESUME: 1, UPSTREAM: 1}
 
 
 class NewerFormatError(CheckpointError):

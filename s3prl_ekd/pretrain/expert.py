@@ -36,6 +36,7 @@ from ..distill.student_settings import (  # noqa: E402
     StudentSettings,
 )
 from ..files.config import to_plain_data  # noqa: E402
+from ..files.config_diff import config_differences, describe_changes  # noqa: E402
 from ..files.hub import same_model  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
@@ -55,7 +56,6 @@ from ..teachers import (  # noqa: E402
     teacher_model,
 )
 from ..teachers.names import pin_teachers  # noqa: E402
-from .config_diff import config_differences, describe_changes  # noqa: E402
 from .distributed import distiller_batch, empty_step  # noqa: E402
 from .optim import add_to_s3prl  # noqa: E402
 from .settings import (  # noqa: E402

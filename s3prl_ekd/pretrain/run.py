@@ -19,6 +19,7 @@ from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
 from ..files.config import apply_overrides, overridden, read_yaml, to_plain_data
+from ..files.config_diff import check_config_file, config_differences, describe_changes
 from ..files.hub import same_model
 from ..request import (
     INIT_HINT,
@@ -32,7 +33,7 @@ from ..request import (
 )
 from ..system import torchrun
 from ..teachers.names import check_teacher_sources
-from .config_diff import check_changes, check_config_file, config_differences, describe_changes
+from .config_diff import check_changes
 from .settings import (
     ModelFile,
     RunnerFile,

@@ -394,7 +394,7 @@ class PlannedRun:
             auto_resume=False,
             evaluate_split=split,
             expdir=str(expdir),
-            passthrough=("-l", str(layer)),
+            upstream_layer_selection=layer,
         )
 
     @property
