@@ -129,7 +129,8 @@ class UpstreamPretrainExpert(nn.Module):
             self.loaders.append(self.dev_dataloader)
         if mask is not None:
             self._check_mask_length(mask.length, conv)
-        units = self._load_units(is_new=not isinstance(upstream_config, dict))
+        is_new = not isinstance(upstream_config, dict)  # else that of a checkpoint
+        units = self._load_units(is_new)
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -163,7 +164,8 @@ class UpstreamPretrainExpert(nn.Module):
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
-            initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
+            parts = {"conv": init.conv, "encoder": init.encoder}
+            initialise(student, models, **parts, layers=init.layers, same=is_new)
         # for `s3prl-ekd merge`
         self._initial_weights: Any = weights_digest(self.distiller.student)
         self._log_setup()
