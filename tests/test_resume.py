@@ -316,13 +316,14 @@ def test_only_damaged_checkpoints(run):
 def test_resuming_an_earlier_step_renames_later_checkpoints(run):
     folder = newest_checkpoint("result/pretrain/x").parent
     (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # as a killed run leaves it
+    shutil.copy(folder / "states-6.ckpt", folder / "dev-best.ckpt")
     more = "config.runner.total_steps=5,,config.runner.save_step=4"
     code, output = run("-e", str(folder / "states-3.ckpt"), "-o", more)
     assert code == 0 and saved_states("x")["Step"] == 5
     names = {path.name for path in folder.glob("*.ckpt*")}
     assert names == {
         *("states-3.ckpt", "states-4.ckpt", "states-5.ckpt", "last.ckpt"),
-        *("states-6.ckpt.old", "last.ckpt.old"),
+        *("states-6.ckpt.old", "last.ckpt.old", "dev-best.ckpt.old"),
     }
 
 

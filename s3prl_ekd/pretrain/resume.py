@@ -20,6 +20,7 @@ from .expert import UpstreamPretrainExpert
 logger = logging.getLogger(__name__)
 
 SHAR_STREAMS = f"{DATA}.shar_streams"  # another order of as many batches
+DEV_KEYS = ("sequence_length", "max_timestep")  # which the dev loss depends on
 
 
 def resumed_progress(
@@ -41,28 +42,47 @@ def resumed_progress(
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
     tables = table_digests(data.file_path, data.sets)
+    dev_tables = table_digests(data.file_path, data.dev_sets)
     sources = source_digests(upstream.settings)
     if RUN_STATE_KEY in states:
         progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
         check_unchanged(progress.sources, sources)
         check_tables(progress.tables, tables, data.file_path, overridden)
         changed = progress.tables != tables or progress.batches != len(sampler)
-        if changed or (SHAR_STREAMS in overridden and _other_streams(states, data.shar_streams)):
+        if changed or (SHAR_STREAMS in overridden and _other(states, data, "shar_streams")):
             logger.warning("the batches changed since the checkpoint; starting a new epoch")
             progress.epoch, progress.batch = progress.epoch + 1, 0
+        if progress.best_loss is not None and _other_dev_data(states, data, progress, dev_tables):
+            logger.warning(
+                "the data of the dev loss changed since the checkpoint, so the lowest one, %.5f at "
+                "step %d, is not compared with later ones",
+                *(progress.best_loss, progress.best_step),
+            )
+            progress.best_loss, progress.best_step = None, 0
     else:
         progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
         if states:
             logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
     progress.tables, progress.sources, progress.batches = tables, sources, len(sampler)
+    progress.dev_tables = dev_tables or progress.dev_tables  # without dev sets, those of the best
     sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
     return progress
 
 
-def _other_streams(states: Mapping, streams: int) -> bool:
-    """Whether the run of a checkpoint had another number of streams of Shar folders."""
-    saved = value_at(states, f"Config.{SHAR_STREAMS}")
-    return (DataSettings.shar_streams if saved is None else saved) != streams
+def _other(states: Mapping, data: DataSettings, key: str) -> bool:
+    """Whether a key of ``datarc`` with a default has another value in the run of a checkpoint."""
+    saved = value_at(states, f"Config.{DATA}.{key}")
+    return (getattr(DataSettings, key) if saved is None else saved) != getattr(data, key)
+
+
+def _other_dev_data(
+    states: Mapping, data: DataSettings, progress: Progress, tables: Mapping[str, str]
+) -> bool:
+    """Whether the run measures its dev loss, but on other data than those of its ``best_loss``."""
+    saved = value_at(states, f"Config.{DATA}.dev_sets") or ()
+    # earlier versions saved only the names
+    tables_changed = progress.dev_tables != tables if progress.dev_tables else {*saved} != {*tables}
+    return bool(tables) and (tables_changed or any(_other(states, data, key) for key in DEV_KEYS))
 
 
 def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:

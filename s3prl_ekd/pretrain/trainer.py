@@ -147,7 +147,7 @@ class Trainer:
         resume_step = self.progress.step if checkpoint else None
         self.logger = ScalarWriter(args.expdir if is_main else None, resume_step)
         if is_main and checkpoint:
-            self.checkpoints.prune(self.progress.step)
+            self.checkpoints.prune(self.progress.step, self.progress.best_loss is not None)
 
         self.distiller: nn.Module = self.upstream.distiller
         if self.processes.world_size > 1:
@@ -168,8 +168,9 @@ class Trainer:
     def check_same_progress(self) -> None:
         """Raise SetupError if the processes have different checkpoints or length tables."""
         progress = self.progress
+        tables = (progress.tables, progress.dev_tables)
         positions = self.processes.all_gather(
-            (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
+            (progress.step, progress.epoch, progress.batch, progress.batches, tables)
         )
         if any(position != positions[0] for position in positions):
             raise SetupError(
