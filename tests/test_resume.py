@@ -1,6 +1,7 @@
 """Resuming: what comes from the checkpoint, what from the command, and which errors there are."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -12,10 +13,12 @@ import torch
 import yaml
 
 from s3prl_ekd.compat.no_eval import reject_code
-from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.pretrain.config_diff import check_unchanged, source_digests
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.teachers.stored import write_states
 
 from .conftest import edit_yaml, saved_states
 from .kill_and_resume import flat_values, unequal
@@ -281,6 +284,40 @@ def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
     assert code == 0
     progress = saved_states("x")["EKD_Run"]  # a new epoch, 3, in which 3 steps use 3 batches
     assert (progress["epoch"], progress["batch"], progress["batches"]) == (4, 0, 3)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model-00002-of-00002.safetensors"])
+def test_a_teacher_folder_that_has_changed(tmp_path, file):
+    """Of a Hugging Face folder, settings and weights count."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", *shards):
+        (folder / name).write_text(name)
+    settings = load_model_config({"teachers": {"t": {"model": str(folder)}}})
+    saved = source_digests(settings)
+    (folder / "README.md").write_text("not read")
+    os.utime(folder / file)
+    check_unchanged(saved, source_digests(settings))
+    check_unchanged({}, source_digests(settings))  # a checkpoint of an earlier version
+    (folder / file).write_text("changed")
+    with pytest.raises(DataError, match=r"teachers\.t\.model"):
+        check_unchanged(saved, source_digests(settings))
+
+
+def test_stored_states_that_have_changed_give_a_warning(tmp_path, caplog):
+    """A run that lacks states of a waveform can be resumed once they are added."""
+    wave, states = torch.zeros(1000), torch.zeros(2, 2, 3)
+    write_states(tmp_path, wave, states)
+    settings = load_model_config({"teachers": {"t": {"model": str(tmp_path)}}})
+    saved = source_digests(settings)
+    check_unchanged(saved, source_digests(settings))
+    assert not caplog.text
+    write_states(tmp_path, wave + 1, states)
+    check_unchanged(saved, source_digests(settings))
+    assert "teachers.t.model" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["bit", "half", "nothing"])
