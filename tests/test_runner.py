@@ -149,6 +149,36 @@ def _outcome(folder):
     return outcome(folder)
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_during_the_dev_loss(pretrain_with, pretrain_folder, corpus, monkeypatch, step):
+    """The dev loss is left at once, and measured by the resumed run; also that of the last step."""
+    rows = (corpus / "tables/train.csv").read_text().splitlines()
+    for name, count in (("train", len(rows)), ("dev", 6)):
+        (pretrain_folder / f"{name}.csv").write_text("\n".join(rows[:count]) + "\n")
+    tables = f"config.pretrain_expert.datarc.file_path='{pretrain_folder}'"
+    data = ("-o", f"{tables},,config.pretrain_expert.datarc.train_batch_size=1")
+    assert pretrain_with("alone", *data, dev_sets=["dev"], log_step=1)[0] == 0
+    forward, seen = EnsembleDistiller.forward, []
+
+    def signalled(self, *args, **kwargs):
+        if not self.student.training and kwargs["step"] == step:
+            seen.append(step)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
+    code, output = pretrain_with("cut", *data)
+    assert code == 143 and len(seen) == 2 and re.search(rf"SIGTERM\b.*\b{step}\b.*-a\b", output)
+    saved = saved_states("cut")
+    assert saved["Step"] == step and saved["EKD_Run"]["dev_due"]
+    code, output = pretrain_with("cut", "-a", *data)
+    assert code == 0 and len(seen) == 2 + 5, output
+    shutil.copytree("result/pretrain/alone", "a/result/pretrain/x")
+    shutil.copytree("result/pretrain/cut", "b/result/pretrain/x")
+    assert not unequal(outcome(pretrain_folder / "a"), outcome(pretrain_folder / "b"))
+
+
 def test_ctrl_c_to_the_process_group(pretrain_folder):
     """As from a terminal: the loader's workers get SIGINT too, and the run still saves."""
     more = "config.runner.total_steps=100000,,config.pretrain_expert.datarc.num_workers=2"

@@ -49,6 +49,7 @@ from .distributed import (
 )
 from .expert import UpstreamPretrainExpert
 from .interrupts import (
+    StoppedDevLoss,
     StoppedWaiting,
     StopSignals,
     exit_code,
@@ -79,6 +80,7 @@ logger = logging.getLogger(__name__)
 
 # Steps without waiting for the device; also bounded by runner.max_nonfinite, log_step, save_step.
 MAX_UNREAD = 20
+AGREE_EVERY = 8  # dev batches after which several processes compare whether a signal has arrived
 DEFAULT_SEED = 1337  # of s3prl's script
 
 
@@ -464,10 +466,16 @@ class Trainer:
         )
 
     def measure_dev_loss(self) -> None:
-        """Compute the dev loss; save ``dev-best.ckpt`` if it is the lowest so far."""
+        """Compute the dev loss; save ``dev-best.ckpt`` if it is the lowest so far.
+
+        After a signal, stop and leave ``progress.dev_due`` true: the resumed run measures it.
+        """
         progress = self.progress
-        with self.autocast:
-            sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
+        try:
+            with self.autocast:
+                sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
+        except StoppedDevLoss:
+            return
         self.bad_audio.commit()
         total, samples = self.processes.sum(*sums)
         if not samples:
@@ -492,14 +500,26 @@ class Trainer:
                 self.checkpoints.save(checkpoint, BEST_NAME)
 
     def dev_batches(self) -> Iterator[Batch]:
-        """Yield the dev batches that have a usable utterance, with a progress bar."""
-        loader = self.upstream.dev_dataloader
+        """Yield the dev batches that have a usable utterance, with a progress bar.
+
+        Raises StoppedDevLoss in all processes once a signal has arrived in one.
+        """
+        loader, count = self.upstream.dev_dataloader, self.processes.world_size
         assert loader is not None
-        options = {"dynamic_ncols": True, "desc": "dev", "leave": False}
-        for read in tqdm(self.stop_signals.batches(loader), total=len(loader), **options):
-            batch = self.bad_audio.usable(read, self.progress.epoch)
-            if batch.names:
-                yield batch
+        every = 1 if count == 1 else AGREE_EVERY
+        batches = self.stop_signals.batches(loader)
+        with tqdm(total=len(loader), dynamic_ncols=True, desc="dev", leave=False) as bar:
+            # as many turns in each process, although some have a batch less
+            for turn in range(math.ceil(loader.sampler.count / count)):
+                stop = self.stop_signals.received is not None
+                if turn % every == 0 and self.processes.any(stop):
+                    raise StoppedDevLoss
+                if (read := next(batches, None)) is None:
+                    continue
+                bar.update()
+                batch = self.bad_audio.usable(read, self.progress.epoch)
+                if batch.names:
+                    yield batch
 
     # Save
 
@@ -509,7 +529,7 @@ class Trainer:
         minutes = (time.monotonic() - self._saved_at) / 60
         signal = self.stop_signals.received
         signal_name = self.processes.first_not_none(signal and signal.name)
-        is_last = step == run.total_steps
+        is_last = step == run.total_steps and not self.progress.dev_due
         stopping = signal_name is not None and not is_last
         numbered = self.is_due(run.save_step)
         if numbered or stopping or self.processes.any(0 < run.autosave_minutes <= minutes):
