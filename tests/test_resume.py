@@ -215,6 +215,31 @@ def test_a_model_config_that_differs(run, tmp_path):
     assert code == 2 and "student.encoder_layers 2 -> 1" in only_error(output)
 
 
+def test_config_files_that_were_edited_give_a_warning(run, tmp_path, caplog):
+    """Those that the run was started with; not the keys that its first ``-o`` has set."""
+    first = "config.runner.total_steps=4,,config.optimizer.lr=3.e-3"
+    files = ("-c", "runner.yaml", "-g", "model.yaml")
+    assert run("-u", "ekd", "-n", "y", *files, "-o", first)[0] == 0
+    again = ("-u", "ekd", "-n", "y", "-a", "-o", "config.runner.log_step=1")
+    caplog.clear()
+    assert run(*again)[0] == 0
+    assert "edited" not in caplog.text
+    with edit_yaml(tmp_path / "model.yaml") as model:
+        model["loss"] = {"cosine_weight": 2.0}
+    with edit_yaml(tmp_path / "runner.yaml") as config:
+        config["runner"] |= {"max_keep": 9, "total_steps": 8}
+    assert run(*again)[0] == 0
+    (line,) = [line for line in caplog.messages if "edited" in line]
+    for part in ("runner.yaml: runner.max_keep 5 -> 9;", "model.yaml: loss.cosine_weight 1.0 -> 2"):
+        assert part in line
+    assert "total_steps" not in line and '-o "config.KEY=VALUE"' in line
+    caplog.clear()
+    (tmp_path / "runner.yaml").write_text("runner: [")
+    (tmp_path / "model.yaml").unlink()
+    assert run(*again)[0] == 0
+    assert "runner.yaml" in caplog.text and "model.yaml" not in caplog.text
+
+
 def test_another_optimizer(run):
     code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.optimizer.name='AdamW'")
     error = only_error(output)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.shar.shards import is_shar, shar_digest
 from ..distill.settings import DistillSettings
-from ..errors import CheckpointError, DataError
+from ..errors import DataError
 from ..files.atomic import file_sha256
 from ..files.config import override_option
 from ..teachers.names import STORED
@@ -18,8 +18,6 @@ from ..teachers.names import STORED
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
 
-# Keys that `-o` cannot change on resume: the saved optimizer state would not fit.
-FIXED = ("optimizer.name", "optimizer.torch_optim_name")
 MISSING = "(not set)"
 _STORED = "stored states "  # begins the digest of a folder of them
 
@@ -40,29 +38,6 @@ def config_differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """The changes as text: ``key OLD -> NEW, key OLD -> NEW``."""
     return ", ".join(f"{key} {_show(old)} -> {_show(new)}" for key, (old, new) in changes.items())
-
-
-def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:
-    """Raise CheckpointError if ``-o`` changes the optimizer, which a resumed run does not allow."""
-    fixed = {key: change for key, change in changes.items() if key in FIXED}
-    if fixed:
-        raise CheckpointError(
-            f"cannot resume {checkpoint} with {describe_changes(fixed)}: its optimizer state does "
-            "not fit another optimizer; start a new run under another name"
-        )
-
-
-def check_config_file(
-    path: str, changes: Mapping[str, tuple[Any, Any]], checkpoint: str, option: str
-) -> None:
-    """Raise CheckpointError if a config file differs from the config of the resumed run."""
-    if changes:
-        change = ', or change the run with -o "config.KEY=VALUE"' if option == "-c" else ""
-        raise CheckpointError(
-            f"{option} {path} differs from the config in {checkpoint}, which a resumed run keeps: "
-            f"{describe_changes(changes)}; leave out {option}{change}, or start a new run under "
-            "another name"
-        )
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:

@@ -112,6 +112,7 @@ class Trainer:
         overridden: Collection[str] = (),
     ):
         args.override = None  # in the config already; the next resume would apply it again
+        args.overridden = sorted({*getattr(args, "overridden", ()), *overridden})
         self.args, self.s3prl_runner = args, s3prl_runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
