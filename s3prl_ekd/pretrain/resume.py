@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping
 
@@ -13,7 +14,7 @@ from ..errors import CheckpointError
 from ..files.config import value_at
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
-from .config_diff import DATA, check_tables, check_unchanged, source_digests, table_digests
+from .config_diff import DATA, check_tables, check_unchanged
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
@@ -28,44 +29,40 @@ def resumed_progress(
     path: str,
     upstream: UpstreamPretrainExpert,
     overridden: Collection[str],
-    processes: ProcessGroup,
+    new: Progress,
 ) -> Progress:
-    """Read the progress from a checkpoint, and set the position of ``upstream``'s sampler to it.
+    """Read the progress from a checkpoint.
 
     Args:
-        states: the checkpoint ``path``; empty for a new run.
+        states: the checkpoint ``path``.
         upstream: with the checkpoint's weights loaded.
         overridden: config keys that ``-o`` sets in this command.
+        new: of a new run, with the digests of tables, teachers and units now.
 
     Raises:
         EkdError: the checkpoint is damaged, or length tables, teachers or units have changed since.
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
-    tables = table_digests(data.file_path, data.sets)
-    dev_tables = table_digests(data.file_path, data.dev_sets)
-    sources = source_digests(upstream.settings)
-    if RUN_STATE_KEY in states:
-        progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
-        check_unchanged(progress.sources, sources)
-        check_tables(progress.tables, tables, data.file_path, overridden)
-        changed = progress.tables != tables or progress.batches != len(sampler)
-        if changed or (SHAR_STREAMS in overridden and _other(states, data, "shar_streams")):
-            logger.warning("the batches changed since the checkpoint; starting a new epoch")
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-        if progress.best_loss is not None and _other_dev_data(states, data, progress, dev_tables):
-            logger.warning(
-                "the data of the dev loss changed since the checkpoint, so the lowest one, %.5f at "
-                "step %d, is not compared with later ones",
-                *(progress.best_loss, progress.best_step),
-            )
-            progress.best_loss, progress.best_step = None, 0
-    else:
-        progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
-        if states:
-            logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
-    progress.tables, progress.sources, progress.batches = tables, sources, len(sampler)
-    progress.dev_tables = dev_tables or progress.dev_tables  # without dev sets, those of the best
-    sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
+    if RUN_STATE_KEY not in states:
+        logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
+        position = {"epoch": sampler.epoch, "batch": sampler.position}
+        return dataclasses.replace(new, step=states.get("Step", 0), **position)
+    progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
+    check_unchanged(progress.sources, new.sources)
+    check_tables(progress.tables, new.tables, data.file_path, overridden)
+    changed = progress.tables != new.tables or progress.batches != new.batches
+    if changed or (SHAR_STREAMS in overridden and _other(states, data, "shar_streams")):
+        logger.warning("the batches changed since the checkpoint; starting a new epoch")
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    if progress.best_loss is not None and _other_dev_data(states, data, progress, new.dev_tables):
+        logger.warning(
+            "the data of the dev loss changed since the checkpoint, so the lowest one, %.5f at "
+            "step %d, is not compared with later ones",
+            *(progress.best_loss, progress.best_step),
+        )
+        progress.best_loss, progress.best_step = None, 0
+    progress.tables, progress.sources, progress.batches = new.tables, new.sources, new.batches
+    progress.dev_tables = new.dev_tables or progress.dev_tables  # without dev sets: of the best
     return progress
 
 

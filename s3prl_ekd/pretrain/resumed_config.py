@@ -45,16 +45,22 @@ def check(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     changes = config_differences(to_plain_data(saved), current)
     check_changes(changes, path)
     model = to_plain_data(load_model_config(states["Upstream_Config"]))
-    edited = []
+    edited, keys = [], getattr(args, "overridden", None)
+    if keys is not None and not (isinstance(keys, list) and all(type(key) is str for key in keys)):
+        raise CheckpointError(f"{path} is damaged: Args.overridden is {keys!r:.40}")
     if request.config:
         check_config_file(request.config, runner_changes(request.config, text, current), path, "-c")
-    elif (keys := getattr(args, "overridden", None)) is not None:  # of versions after 0.1
-        edited += describe_edits(args.config, lambda p: runner_changes(p, text, current, keys))
+    elif keys is not None:  # a run of version 0.1 does not tell what its -o has set
+        edited += describe_edits(
+            getattr(args, "config", None), lambda p: runner_changes(p, text, current, keys)
+        )
     if request.upstream_config:
         in_file = model_changes(request.upstream_config, model)
         check_config_file(request.upstream_config, in_file, path, "-g")
     else:
-        edited += describe_edits(args.upstream_config, lambda p: model_changes(p, model))
+        edited += describe_edits(
+            getattr(args, "upstream_config", None), lambda p: model_changes(p, model)
+        )
     if edited:
         logger.warning(
             "edited since this run began, but a resumed run keeps its config: %s; change the run "

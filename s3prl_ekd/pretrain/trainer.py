@@ -37,7 +37,8 @@ from ..request import PretrainRequest
 from ..system.precision import allow_tf32, choose_training_precision
 from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, as_tensor
-from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, SaveError
+from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, Progress, SaveError
+from .config_diff import source_digests, table_digests
 from .distributed import (
     ProcessGroup,
     distiller_batch,
@@ -66,12 +67,6 @@ from .optim import (
     not_finite_error,
     read_steps,
     warmup_schedule,
-)
-from .resume import (
-    resume_optimizer,
-    resume_random,
-    resume_scheduler,
-    resumed_progress,
 )
 from .settings import FUSED_ADAMW, ModelFile, check_runner_config, saved_runner_config
 from .tensorboard import ScalarWriter
@@ -112,7 +107,8 @@ class Trainer:
         overridden: Collection[str] = (),
     ):
         args.override = None  # in the config already; the next resume would apply it again
-        args.overridden = sorted({*getattr(args, "overridden", ()), *overridden})
+        if not args.init_ckpt or hasattr(args, "overridden"):  # version 0.1 did not record them
+            args.overridden = sorted({*getattr(args, "overridden", ()), *overridden})
         self.args, self.s3prl_runner = args, s3prl_runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
@@ -133,8 +129,18 @@ class Trainer:
         self.init_ckpt = checkpoint
         self.upstream: UpstreamPretrainExpert = s3prl_runner._get_upstream(self)
         self.upstream.prepare(self.settings)
-        self.progress = resumed_progress(
-            checkpoint, path, self.upstream, overridden, self.processes
+        self.progress = new_progress(self.upstream)
+        if checkpoint:
+            from . import resume  # a new run does not need it
+
+            self.progress = resume.resumed_progress(
+                checkpoint, path, self.upstream, overridden, self.progress
+            )
+        self.upstream.dataloader.sampler.seek(
+            self.progress.epoch,
+            self.progress.batch,
+            self.processes.rank,
+            self.processes.world_size,
         )
         self._unread: list[tuple[int, UnreadStep, Mapping[str, list[Tensor]]]] = []
         # Position of the next batch.
@@ -163,7 +169,7 @@ class Trainer:
         self.init_ckpt = {}
         self.optimizer_step = self.make_optimizer_step(checkpoint)
         # Last, because set-up draws random numbers.
-        if not resume_random(checkpoint, path, self.processes, self.device):
+        if not (checkpoint and resume.resume_random(checkpoint, path, self.processes, self.device)):
             self.processes.seed_by_rank(args.seed)
         if is_main:
             write_configs(args, self.upstream.settings, self.config)
@@ -212,14 +218,16 @@ class Trainer:
         except (TypeError, ValueError, AttributeError) as error:
             raise SetupError(f"cannot make the optimizer {config}: {error}") from None
         if checkpoint:
-            resume_optimizer(optimizer, checkpoint, self.args.init_ckpt)
+            from . import resume
+
+            resume.resume_optimizer(optimizer, checkpoint, self.args.init_ckpt)
         scheduler = None
         if self.config.get("scheduler"):
             scheduler = self.s3prl_runner._get_scheduler(self, optimizer)
         elif fused:
             scheduler = warmup_schedule(optimizer, config, run.total_steps)
         if checkpoint and scheduler is not None:
-            resume_scheduler(scheduler, optimizer, self.progress.step)
+            resume.resume_scheduler(scheduler, optimizer, self.progress.step)
         return OptimizerStep(model, optimizer, scheduler, scaler, run, self.processes)
 
     # Loop
@@ -645,6 +653,17 @@ class Trainer:
             return path.exists() and read_checkpoint(path)["Step"] >= self.progress.step
         except CheckpointError:  # damaged
             return False
+
+
+def new_progress(upstream: UpstreamPretrainExpert) -> Progress:
+    """The progress of a new run, with digests of its length tables, teachers and units."""
+    data = upstream.data
+    return Progress(
+        batches=len(upstream.dataloader.sampler),
+        tables=table_digests(data.file_path, data.sets),
+        sources=source_digests(upstream.settings),
+        dev_tables=table_digests(data.file_path, data.dev_sets),
+    )
 
 
 @torch.no_grad()
