@@ -32,6 +32,7 @@ from s3prl_ekd.files.config import (
 )
 from s3prl_ekd.pretrain.settings import (
     check_pruning_run,
+    check_runner_config,
     load_model_config,
     load_runner_config,
     saved_runner_config,
@@ -454,6 +455,10 @@ UNITS = [{"file": "x"}]
             "student.feature_grad_mult: 0 init.teacher init.conv",
         ),
         (
+            {"init": {"teacher": "one", "conv": False, "encoder": False}},
+            "init conv: false encoder: false init.teacher: null",
+        ),
+        (
             {"teacher_masked_norm": True, "teacher_backend": "s3prl"},
             "teacher_masked_norm teacher_backend: fast teacher_backend: s3prl",
         ),
@@ -494,6 +499,25 @@ def test_every_name_that_a_module_uses_is_reserved():
         ({"heads": {"per_teacher": True}}, "heads.per_teacher"),
         ({"heads": {"residual_weight": 2.0}}, "heads.residual_weight"),
         ({"targets": {"weight_steps": 5}}, "targets.weight_steps"),
+        (
+            {"init": {"teacher": "one", "encoder": False, "layers": [0, 6]}},
+            "init.layers",
+        ),
+        ({"target_norm_steps": 5}, "target_norm_steps"),
+        ({"relation": {"window": 5}}, "relation"),
+        (
+            {"targets": {"drop_teachers": 0.5}, "teachers": {"one": {"model": "x"}}},
+            "targets.drop_teachers",
+        ),
+        (
+            {
+                "targets": {"drop_teachers": 0.5},
+                "loss": {"weight": 0.0},
+                "relation": {"weight": 1.0},
+            },
+            "targets.drop_teachers",
+        ),
+        ({"targets": {"drop_teachers": 0.5}}, None),
         (
             {
                 "student": {"kind": "copy", "of": "one", "feature_grad_mult": 0},
@@ -609,6 +633,18 @@ def test_a_mistake_in_the_runner_config(tmp_path, path, value, parts):
     with pytest.raises(ConfigError) as caught:
         load_runner_config(file)
     assert_parts(str(caught.value), str(file), parts)
+
+
+def test_a_warmup_beside_a_scheduler(tmp_path):
+    file, config = tmp_path / "runner.yaml", dict(RUNNER)
+    config["optimizer"] = {"name": "FusedAdamW", "lr": 1e-3, "warmup_proportion": 0.5}
+    file.write_text(yaml.safe_dump(config))
+    load_runner_config(file)
+    config["scheduler"] = {"name": "constant_schedule"}
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_proportion.* scheduler"):
+        load_runner_config(file)
+    check_runner_config(config, "a checkpoint of an earlier version")
 
 
 # Keys of version 0.1: the same settings, and one warning for each.

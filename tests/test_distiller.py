@@ -14,7 +14,10 @@ from s3prl_ekd.distill.settings import LossSettings
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.teachers import Teacher
 from s3prl_ekd.errors import TeacherError
+from s3prl_ekd.teachers.load import load_upstream
+from s3prl_ekd.teachers.random_weights import hubert_checkpoint, wavlm_checkpoint
 
+from .conftest import CONV, SIZES
 from .experiments import LAYERS, batch_of, distiller, ensemble, load
 
 REFERENCE = LossSettings(mask_padding=False, feature_penalty=0.1, reduce="batches")
@@ -257,3 +260,38 @@ def test_an_init_teacher_that_does_not_fit(teachers, student_settings, change, v
     student = Student(dataclasses.replace(student_settings, **change))
     with pytest.raises(TeacherError, match=values):
         initialise(student, [load(teachers["hubert"]).model], conv=True, encoder=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "theirs", "ours", "values"),
+    [
+        (
+            "encoder",
+            {"config": {"layer_norm_first": True}},
+            {},
+            r"layers\.1 .*layer_norm_first: true .*false",
+        ),
+        ("encoder", {}, {"encoder_attention_heads": 12}, "layers.1 .*attention_heads: 4 .* 12 "),
+        ("encoder", {"config": {"activation_fn": "relu"}}, {}, "layers.1 .*_fn: relu .* gelu "),
+        (
+            "conv",
+            {"conv_layers": CONV.replace("(32,10,5)", "(32,10,2)")},
+            {},
+            r"strides \[2, 2.* strides \[5, 2.*student\.extractor_conv_feature_layers",
+        ),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", [hubert_checkpoint, wavlm_checkpoint])
+def test_an_init_teacher_that_computes_something_else(
+    tmp_path, student_settings, checkpoint, part, theirs, ours, values
+):
+    """Its weights have the student's names and shapes."""
+    torch.save(checkpoint(**{**SIZES, **theirs}), tmp_path / "teacher.pt")
+    model = load_upstream(str(tmp_path / "teacher.pt"), "t").model
+    student = Student(dataclasses.replace(student_settings, encoder_layers=1, **ours))
+    chosen = {"conv": part == "conv", "encoder": part == "encoder", "layers": (1,)}
+    with pytest.raises(TeacherError, match=f"{values}.*init.{part}: false"):
+        initialise(student, [model], **chosen)
+    initialise(student, [model], **chosen, same=False)  # a resumed run of an earlier version
+    chosen |= {"conv": part != "conv", "encoder": part != "encoder"}
+    initialise(student, [model], **chosen)

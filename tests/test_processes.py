@@ -1,20 +1,24 @@
 """Training in several processes of torchrun, with gloo on the CPU."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from s3prl_ekd.data.sampling import EpochSampler, FixedOrderSampler
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.checkpoints import Progress
 from s3prl_ekd.pretrain.distributed import ProcessGroup, join_process_group, mean_records
+from s3prl_ekd.pretrain.interrupts import StoppedDevLoss, StopSignals
 from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
 
@@ -235,6 +239,36 @@ def test_bad_audio_and_few_dev_batches(folder, corpus):
     assert len(listed) == 2 and listed[1].startswith("missing.flac\t")
     assert listed[1].split("\t")[2] == "4"
     assert list(read_scalars(folder / "result/pretrain/x")["ekd/dev-loss"]) == [4, 8]
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, None])
+def test_processes_leave_the_dev_loss_together(stop_at):
+    """Although one has a batch less: each asks the others as often."""
+    ends, usable = [], SimpleNamespace(names=["a"])
+    for rank in range(2):
+        sampler = FixedOrderSampler(2 * 8 * 3 + 1)
+        sampler.rank, sampler.processes = rank, 2
+        answers = []
+
+        class Two(ProcessGroup):
+            def any(self, value, answers=answers):
+                answers.append(value)
+                return len(answers) - 1 == stop_at
+
+        loader = DataLoader(range(sampler.count), sampler=sampler, batch_size=None)
+        trainer = object.__new__(Trainer)
+        trainer.processes, trainer.stop_signals = Two(rank, 2), StopSignals()
+        trainer.upstream = SimpleNamespace(dev_dataloader=loader)
+        trainer.progress = Progress()
+        trainer.bad_audio = SimpleNamespace(usable=lambda read, epoch: usable)
+        batches = 0
+        stopped = contextlib.nullcontext() if stop_at is None else pytest.raises(StoppedDevLoss)
+        with stopped:
+            for _ in trainer.dev_batches():
+                batches += 1
+        ends.append((len(answers), batches))
+    expected = {0: [(1, 0)] * 2, 2: [(3, 16)] * 2, None: [(4, 25), (4, 24)]}
+    assert ends == expected[stop_at]
 
 
 def points(path):

@@ -1,6 +1,7 @@
 """Resuming: what comes from the checkpoint, what from the command, and which errors there are."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -12,10 +13,12 @@ import torch
 import yaml
 
 from s3prl_ekd.compat.no_eval import reject_code
-from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.errors import ConfigError, DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
+from s3prl_ekd.pretrain.config_diff import check_unchanged, source_digests
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.teachers.stored import write_states
 
 from .conftest import edit_yaml, saved_states
 from .kill_and_resume import flat_values, unequal
@@ -212,6 +215,31 @@ def test_a_model_config_that_differs(run, tmp_path):
     assert code == 2 and "student.encoder_layers 2 -> 1" in only_error(output)
 
 
+def test_config_files_that_were_edited_give_a_warning(run, tmp_path, caplog):
+    """Those that the run was started with; not the keys that its first ``-o`` has set."""
+    first = "config.runner.total_steps=4,,config.optimizer.lr=3.e-3"
+    files = ("-c", "runner.yaml", "-g", "model.yaml")
+    assert run("-u", "ekd", "-n", "y", *files, "-o", first)[0] == 0
+    again = ("-u", "ekd", "-n", "y", "-a", "-o", "config.runner.log_step=1")
+    caplog.clear()
+    assert run(*again)[0] == 0
+    assert "edited" not in caplog.text
+    with edit_yaml(tmp_path / "model.yaml") as model:
+        model["loss"] = {"cosine_weight": 2.0}
+    with edit_yaml(tmp_path / "runner.yaml") as config:
+        config["runner"] |= {"max_keep": 9, "total_steps": 8}
+    assert run(*again)[0] == 0
+    (line,) = [line for line in caplog.messages if "edited" in line]
+    for part in ("runner.yaml: runner.max_keep 5 -> 9;", "model.yaml: loss.cosine_weight 1.0 -> 2"):
+        assert part in line
+    assert "total_steps" not in line and '-o "config.KEY=VALUE"' in line
+    caplog.clear()
+    (tmp_path / "runner.yaml").write_text("runner: [")
+    (tmp_path / "model.yaml").unlink()
+    assert run(*again)[0] == 0
+    assert "runner.yaml" in caplog.text and "model.yaml" not in caplog.text
+
+
 def test_another_optimizer(run):
     code, output = run("-u", "ekd", "-n", "x", "-a", "-o", "config.optimizer.name='AdamW'")
     error = only_error(output)
@@ -283,6 +311,40 @@ def test_a_corpus_table_that_has_changed(run, tmp_path, corpus, caplog):
     assert (progress["epoch"], progress["batch"], progress["batches"]) == (4, 0, 3)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model-00002-of-00002.safetensors"])
+def test_a_teacher_folder_that_has_changed(tmp_path, file):
+    """Of a Hugging Face folder, settings and weights count."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", *shards):
+        (folder / name).write_text(name)
+    settings = load_model_config({"teachers": {"t": {"model": str(folder)}}})
+    saved = source_digests(settings)
+    (folder / "README.md").write_text("not read")
+    os.utime(folder / file)
+    check_unchanged(saved, source_digests(settings))
+    check_unchanged({}, source_digests(settings))  # a checkpoint of an earlier version
+    (folder / file).write_text("changed")
+    with pytest.raises(DataError, match=r"teachers\.t\.model"):
+        check_unchanged(saved, source_digests(settings))
+
+
+def test_stored_states_that_have_changed_give_a_warning(tmp_path, caplog):
+    """A run that lacks states of a waveform can be resumed once they are added."""
+    wave, states = torch.zeros(1000), torch.zeros(2, 2, 3)
+    write_states(tmp_path, wave, states)
+    settings = load_model_config({"teachers": {"t": {"model": str(tmp_path)}}})
+    saved = source_digests(settings)
+    check_unchanged(saved, source_digests(settings))
+    assert not caplog.text
+    write_states(tmp_path, wave + 1, states)
+    check_unchanged(saved, source_digests(settings))
+    assert "teachers.t.model" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["bit", "half", "nothing"])
 def test_a_damaged_newest_checkpoint_is_skipped(run, how, caplog, tmp_path):
     caplog.set_level("INFO")
@@ -316,13 +378,14 @@ def test_only_damaged_checkpoints(run):
 def test_resuming_an_earlier_step_renames_later_checkpoints(run):
     folder = newest_checkpoint("result/pretrain/x").parent
     (folder / "states-5.ckpt.123.tmp").write_bytes(b"half")  # as a killed run leaves it
+    shutil.copy(folder / "states-6.ckpt", folder / "dev-best.ckpt")
     more = "config.runner.total_steps=5,,config.runner.save_step=4"
     code, output = run("-e", str(folder / "states-3.ckpt"), "-o", more)
     assert code == 0 and saved_states("x")["Step"] == 5
     names = {path.name for path in folder.glob("*.ckpt*")}
     assert names == {
         *("states-3.ckpt", "states-4.ckpt", "states-5.ckpt", "last.ckpt"),
-        *("states-6.ckpt.old", "last.ckpt.old"),
+        *("states-6.ckpt.old", "last.ckpt.old", "dev-best.ckpt.old"),
     }
 
 

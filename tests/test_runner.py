@@ -149,6 +149,36 @@ def _outcome(folder):
     return outcome(folder)
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_during_the_dev_loss(pretrain_with, pretrain_folder, corpus, monkeypatch, step):
+    """The dev loss is left at once, and measured by the resumed run; also that of the last step."""
+    rows = (corpus / "tables/train.csv").read_text().splitlines()
+    for name, count in (("train", len(rows)), ("dev", 6)):
+        (pretrain_folder / f"{name}.csv").write_text("\n".join(rows[:count]) + "\n")
+    tables = f"config.pretrain_expert.datarc.file_path='{pretrain_folder}'"
+    data = ("-o", f"{tables},,config.pretrain_expert.datarc.train_batch_size=1")
+    assert pretrain_with("alone", *data, dev_sets=["dev"], log_step=1)[0] == 0
+    forward, seen = EnsembleDistiller.forward, []
+
+    def signalled(self, *args, **kwargs):
+        if not self.student.training and kwargs["step"] == step:
+            seen.append(step)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(EnsembleDistiller, "forward", signalled)
+    code, output = pretrain_with("cut", *data)
+    assert code == 143 and len(seen) == 2 and re.search(rf"SIGTERM\b.*\b{step}\b.*-a\b", output)
+    saved = saved_states("cut")
+    assert saved["Step"] == step and saved["EKD_Run"]["dev_due"]
+    code, output = pretrain_with("cut", "-a", *data)
+    assert code == 0 and len(seen) == 2 + 5, output
+    shutil.copytree("result/pretrain/alone", "a/result/pretrain/x")
+    shutil.copytree("result/pretrain/cut", "b/result/pretrain/x")
+    assert not unequal(outcome(pretrain_folder / "a"), outcome(pretrain_folder / "b"))
+
+
 def test_ctrl_c_to_the_process_group(pretrain_folder):
     """As from a terminal: the loader's workers get SIGINT too, and the run still saves."""
     more = "config.runner.total_steps=100000,,config.pretrain_expert.datarc.num_workers=2"
@@ -401,6 +431,44 @@ def test_the_best_checkpoint_by_dev_loss(pretrain_with, pretrain_folder, corpus)
     # The dev loss does not change the training.
     for part in ("student", "heads"):
         assert not unequal(saved_states("without")["EKD"][part], saved_states("with")["EKD"][part])
+
+
+@pytest.mark.parametrize(
+    "change", ["dev_sets=['other']", "sequence_length=4000", "table", "names", None, "dev_sets=[]"]
+)
+def test_the_best_checkpoint_is_one_of_the_same_dev_data(
+    pretrain_with, pretrain_folder, corpus, change, caplog
+):
+    """With other data, the first dev loss is the lowest, and the former checkpoint is kept."""
+    rows = (corpus / "tables/train.csv").read_text().splitlines()
+    for name, count in (("train", len(rows)), ("dev", 5), ("other", 3)):
+        (pretrain_folder / f"{name}.csv").write_text("\n".join(rows[:count]) + "\n")
+    tables = f"config.pretrain_expert.datarc.file_path='{pretrain_folder}'"
+    assert pretrain_with("x", "-o", tables, dev_sets=["dev"], log_step=1)[0] == 0
+    best = pretrain_folder / "result/pretrain/x/dev-best.ckpt"
+    before, old = best.read_bytes(), best.with_name("dev-best.ckpt.old")
+    states = saved_states("x")
+    states["EKD_Run"]["best_loss"] = 0.0  # lower than any
+    if change in ("names", None):  # a checkpoint of an earlier version
+        del states["EKD_Run"]["dev_tables"]
+    torch.save(states, "new.ckpt")  # the other file is mapped into memory
+    os.replace("new.ckpt", best.with_name("states-6.ckpt"))
+    best.with_name("last.ckpt").unlink()
+    more = f"{tables},,config.runner.total_steps=8"
+    if change == "table":
+        shutil.copy("other.csv", "dev.csv")
+    elif change is not None:
+        value = "dev_sets=['other']" if change == "names" else change
+        more += f",,config.pretrain_expert.datarc.{value}"
+    caplog.clear()
+    code, output = pretrain_with("x", "-a", "-o", more)
+    assert code == 0, output
+    if change in (None, "dev_sets=[]"):
+        assert best.read_bytes() == before and not old.exists()
+        assert saved_states("x")["EKD_Run"]["best_loss"] == 0
+    else:
+        assert old.read_bytes() == before and saved_states("x", "dev-best.ckpt")["Step"] == 8
+        assert "dev loss changed" in caplog.text and "dev-best.ckpt.old" in caplog.text
 
 
 def test_autosave_minutes(pretrain_with, pretrain_folder):

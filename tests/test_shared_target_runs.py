@@ -15,16 +15,20 @@ from safetensors.torch import save_file
 from s3prl_ekd import cli
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
-from s3prl_ekd.essence.units import Units, load_units, save_units
+from s3prl_ekd.errors import ConfigError
+from s3prl_ekd.essence.units import Units, load_units, save_units, upstream_digest
+from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.files.config_diff import config_differences, describe_changes
 from s3prl_ekd.pretrain.distributed import distiller_batch, has_unused_layers
+from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.sweep import SweepRun
 from s3prl_ekd.pretrain.tensorboard import read_scalars, teacher_curves
 from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.student_file import load_student
+from s3prl_ekd.teachers.load import load_upstream
 
-from .cache_cases import adapter, cache
+from .cache_cases import adapter, cache, datarc
 from .conftest import NO_DROPOUT, edit_yaml, saved_states
 from .kill_and_resume import SHARED_MODEL, flat_values, unequal, write_units
 
@@ -558,6 +562,33 @@ def test_a_compiled_student_with_masked_spans():
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
+def test_units_of_other_weights_or_of_another_name(folder, teachers):
+    """A file of the same name with other weights is another model; a renamed file is the same."""
+    units, file = load_units("hubert.safetensors"), "hubert.safetensors"
+    path = folder / "mine.pt"
+    with edit_yaml(folder / "model.yaml") as model:
+        model["teachers"]["hubert"]["model"] = str(path)
+    shutil.copy(teachers["hubert"], path)
+    units.model = "renamed.pt"
+    units.weights = upstream_digest(load_upstream(str(path), "here"))
+    save_units(units, file)
+    expert = adapter(folder)
+    shutil.copy(teachers["robust"], path)
+    units.model = "mine.pt"
+    save_units(units, file)
+    with pytest.raises(ConfigError, match=r"unit_loss\[0\].file .*mine.pt.*weights.*fit-units"):
+        adapter(folder)
+    config = to_plain_data(expert.settings)  # of a run that is resumed
+    UpstreamPretrainExpert(datarc(folder), config, device="cpu")
+    units.weights = ""  # a file of an earlier version
+    save_units(units, file)
+    adapter(folder)
+    units.model = "renamed.pt"
+    save_units(units, file)
+    with pytest.raises(ConfigError, match=r"unit_loss\[0\].file .*renamed.pt.*mine.pt"):
+        adapter(folder)
+
+
 @pytest.mark.slow
 def test_units_of_fit_units_in_a_run(folder, corpus, pretrain_with, monkeypatch, capfd):
     """From the command that fits them to the step that predicts them, with s3prl's teachers."""
@@ -565,7 +596,8 @@ def test_units_of_fit_units_in_a_run(folder, corpus, pretrain_with, monkeypatch,
     for teacher, layer in (("hubert", 1), ("wavlm", 3)):  # not among the targets
         argv = ["fit-units", "model.yaml", "--teacher", teacher, "--layer", str(layer)]
         data = ["--clusters", "4", "--data", str(corpus / "audio"), "--utterances", "3"]
-        assert cli.main([*argv, *data, "--device", "cpu", "-o", f"{teacher}.safetensors"]) == 0
+        output = ["--device", "cpu", "--force", "-o", f"{teacher}.safetensors"]
+        assert cli.main([*argv, *data, *output]) == 0
         units = load_units(f"{teacher}.safetensors")
         assert (units.teacher, units.layer, units.clusters) == (teacher, layer, 4)
     change_model(folder, teacher_backend="s3prl", teacher_masked_norm=False)

@@ -170,6 +170,7 @@ def test_units_of_stored_states_are_those_of_the_model():
         assert cli.main(["fit-units", f"{name}.yaml", *options, "-o", f"{name}.units"]) == 0
     model, stored = (load_units(f"{name}.units") for name in ("tiny_hubert", "stored"))
     assert model.frames == stored.frames > 100
+    assert model.weights and not stored.weights  # files are added to stored states
     torch.testing.assert_close(stored.centroids, model.centroids, rtol=1e-2, atol=1e-2)  # float16
 
 

@@ -1,16 +1,22 @@
 """Several experiments with several seeds: the runs and their table."""
 
 import csv
+import json
 import re
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 
-from s3prl_ekd.pretrain.sweep import SweepResult, results_table
+from s3prl_ekd.errors import SetupError
+from s3prl_ekd.pretrain import sweep
+from s3prl_ekd.pretrain.sweep import SweepResult, SweepRun, results_table, run_sweep
 from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.tables import markdown_table
 
-from .conftest import command, edit_yaml
+from .conftest import command, edit_yaml, write_configs
 
 
 def test_the_table():
@@ -64,6 +70,37 @@ def test_a_folder_with_other_settings(pretrain_folder):
     command(*argv, cwd=pretrain_folder)
     done = command(*argv, "-o", "config.optimizer.lr=0.5", cwd=pretrain_folder, check=False)
     assert done.returncode == 2 and "result/sweep/model-seed1337" in done.stderr
+
+
+def test_a_folder_with_other_contents_of_the_same_files(tmp_path, teachers, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_configs(tmp_path, teachers, corpus)
+    shutil.copytree(corpus / "tables", "tables")
+    shutil.copy(teachers["hubert"], "teacher.pt")
+    with edit_yaml("model.yaml") as model:
+        model["teachers"]["hubert"]["model"] = "teacher.pt"
+    with edit_yaml("runner.yaml") as config:
+        config["pretrain_expert"]["datarc"]["file_path"] = "tables"
+    run = SweepRun(Path("model.yaml"), Path("runner.yaml"), 1, "")
+    monkeypatch.setattr(sweep, "read_result", lambda run: run.name)
+    monkeypatch.setattr(Jobs, "run", lambda *_: None)
+    assert run_sweep([run]) == ["model-seed1"]
+    assert "seconds" in run.record.read_text()
+    assert run_sweep([run]) == ["model-seed1"]
+    table = Path("tables/train.csv").read_text()
+    Path("tables/train.csv").write_text(table.rsplit("\n", 3)[0] + "\n")
+    with pytest.raises(SetupError, match=r"result/sweep/model-seed1 .*tables/train"):
+        run_sweep([run])
+    Path("tables/train.csv").unlink()  # the result can still be read
+    assert run_sweep([run]) == ["model-seed1"]
+    Path("tables/train.csv").write_text(table)
+    shutil.copy(teachers["robust"], "teacher.pt")
+    with pytest.raises(SetupError, match=r"result/sweep/model-seed1 .*teachers\.hubert\.model"):
+        run_sweep([run])
+    record = {**json.loads(run.record.read_text())}
+    del record["files"]  # a record of an earlier version
+    run.record.write_text(json.dumps(record))
+    assert run_sweep([run]) == ["model-seed1"]
 
 
 def test_errors(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from s3prl_ekd import cli
 from s3prl_ekd.errors import CheckpointError, DataError
 from s3prl_ekd.essence.units import Units, collect_frames, fit_units, load_units, save_units
+from s3prl_ekd.files.weights_digest import weights_digest
 from s3prl_ekd.teachers import load_upstream
 
 from .conftest import write_configs
@@ -72,11 +73,21 @@ def test_a_frame_with_a_huge_value_is_skipped(caplog):
 
 
 def test_save_and_load(tmp_path):
-    units = Units(torch.randn(5, 4), "hubert", 3, "hubert_base", 0.1234567, 99, 7)
+    units = Units(torch.randn(5, 4), "hubert", 3, "hubert_base", 0.1234567, 99, 7, "0a")
     save_units(units, tmp_path / "new" / "u.safetensors")
     loaded = load_units(tmp_path / "new" / "u.safetensors")
     assert loaded.centroids.equal(units.centroids)
-    for name in ("teacher", "layer", "model", "inertia", "frames", "seed", "clusters", "width"):
+    for name in (
+        "teacher",
+        "layer",
+        "model",
+        "inertia",
+        "frames",
+        "seed",
+        "weights",
+        "clusters",
+        "width",
+    ):
         assert getattr(loaded, name) == getattr(units, name), name
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["u.safetensors"]
 
@@ -146,6 +157,7 @@ def test_the_command(config, teachers, corpus, tmp_path, capsys):
     wave = torch.randn(8000)
     hidden = load_upstream(units.model, "test").eval()([wave])["hidden_states"][2]
     assert units.label(hidden).shape == hidden.shape[:2]
+    assert units.weights == weights_digest(load_upstream(units.model, "test"))
     # the folder of the table's audio: units of the same shape
     path = tmp_path / "v.safetensors"
     units_command(config, corpus / "audio", *options, "-o", path)

@@ -1,7 +1,7 @@
 """Fit k-means units on the frames of a teacher's layer.
 
-Writes a safetensors file with the centroids; its metadata has teacher, layer, width, clusters and
-inertia. Needs scikit-learn.
+Writes a safetensors file with the centroids; its metadata has teacher, layer, width, clusters,
+inertia and a digest of the teacher's weights. Needs scikit-learn.
 
 example:
   s3prl-ekd fit-units pretrain/ekd/config_model.yaml --teacher hubert --layer 9 --clusters 100 \\
@@ -55,7 +55,13 @@ def main(args: argparse.Namespace) -> int:
             f"{', '.join(teachers)}"
         )
     from ..analysis.sample import load_upstreams
-    from ..essence.units import collect_frames, fit_units, require_sklearn, save_units
+    from ..essence.units import (
+        collect_frames,
+        fit_units,
+        require_sklearn,
+        save_units,
+        upstream_digest,
+    )
 
     require_sklearn()  # before minutes of computing
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
@@ -64,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
     frames = collect_frames(_hidden_states(upstream, args.teacher, args.layer, paths))
     logger.info("%d frames of width %d", *frames.shape)
     source = {"teacher": args.teacher, "layer": args.layer, "model": teachers[args.teacher].model}
+    source["weights"] = upstream_digest(upstream)
     units = fit_units(frames, args.clusters, args.seed, **source)
     save_units(units, args.output)
     print(f"{units.clusters} units of {args.teacher}, layer {args.layer} -> {args.output}")

@@ -366,6 +366,11 @@ class DistillSettings:
     def check_new(self) -> None:
         """Raise ValueError for what a new run must not have; earlier checkpoints may have it."""
         student, init = self.student, self.init
+        if init.sources and not (init.conv or init.encoder):
+            raise ValueError(
+                "init copies nothing with conv: false and encoder: false; set one of them to true, "
+                "or init.teacher: null"
+            )
         if isinstance(student, StudentSettings):
             fixed = student.train_extractor and student.feature_grad_mult == 0
             if fixed and not (init.sources and init.conv):
@@ -385,10 +390,15 @@ class DistillSettings:
         scheduled = any(teacher.final_weight is not None for teacher in self.teachers.values())
         frozen = getattr(self.student, "feature_grad_mult", None) == 0
         off = {
-            "init.layers": init.layers is not None and not init.sources,
+            "init.layers": init.layers is not None and not (init.sources and init.encoder),
             "heads.per_teacher": heads.per_teacher and separate,
             "heads.residual_weight": heads.residual_weight != 1 and not heads.residual,
             "targets.weight_steps": targets.weight_steps > 0 and not scheduled,
+            "targets.drop_teachers": targets.drop_teachers > 0
+            and (len(self.teachers) == 1 or self.loss.weight == 0),
+            "target_norm_steps": self.target_norm_steps != DistillSettings.target_norm_steps
+            and self.target_norm == "none",
+            "relation": self.relation.weight == 0 and self.relation != RelationSettings(),
             "loss.feature_penalty": self.loss.feature_penalty > 0 and frozen,
         }
         return [key for key, is_off in off.items() if is_off]

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..distill.moments import usable_frames
-from ..errors import CheckpointError, DataError, SetupError
+from ..errors import CheckpointError, ConfigError, DataError, SetupError
 from ..files.atomic import atomic_file, make_folder
 from ..files.formats import check_format_version
+from ..files.hub import may_be_same
 from ..files.safetensors_file import read_safetensors, write_safetensors
+from ..files.weights_digest import weights_digest
 
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "s3prl_ekd.units", 1
 TEXTS = ("teacher", "model")
+WEIGHTS = "weights"  # in the metadata; not in files of earlier versions
 NUMBERS = ("layer", "width", "clusters", "frames", "seed")
 EPOCHS = 10  # over all frames; mini-batch k-means converges after a few (ours)
 BATCH = 10_000  # frames in a mini-batch, as in HuBERT's scripts
@@ -38,6 +41,7 @@ class Units(nn.Module):
         layer: index into ``hidden_states``.
         inertia: mean squared distance of the fitted frames to their centroids.
         frames, seed: number of frames, and random seed of the fit.
+        weights: digest of the teacher's weights; empty: not known.
     """
 
     def __init__(
@@ -49,12 +53,14 @@ class Units(nn.Module):
         inertia: float = 0.0,
         frames: int = 0,
         seed: int = 0,
+        weights: str = "",
     ):
         super().__init__()
         self.centroids: Tensor
         self.register_buffer("centroids", centroids.detach().float(), persistent=False)
         self.teacher, self.layer, self.model = teacher, layer, model
         self.inertia, self.frames, self.seed = inertia, frames, seed
+        self.weights = weights
 
     @property
     def clusters(self) -> int:
@@ -79,7 +85,14 @@ class Units(nn.Module):
 
 
 def fit_units(
-    frames: Tensor, clusters: int, seed: int, *, teacher: str, layer: int, model: str = ""
+    frames: Tensor,
+    clusters: int,
+    seed: int,
+    *,
+    teacher: str,
+    layer: int,
+    model: str = "",
+    weights: str = "",
 ) -> Units:
     """Fit mini-batch k-means (scikit-learn) to frames ``[frame, dim]``, with a progress bar.
 
@@ -101,7 +114,7 @@ def fit_units(
             order = torch.randperm(count, generator=generator)
         kmeans.partial_fit(frames[order[i * size : (i + 1) * size]].numpy())
     centroids = torch.from_numpy(kmeans.cluster_centers_.copy())
-    units = Units(centroids, teacher, layer, model, frames=count, seed=seed)
+    units = Units(centroids, teacher, layer, model, frames=count, seed=seed, weights=weights)
     for chunk in frames.split(BATCH):
         distances = chunk - units.centroids[units.label(chunk)]
         units.inertia += float(distances.double().square().sum())
@@ -142,7 +155,7 @@ def save_units(units: Units, path: str | Path) -> None:
     """Write ``centroids`` and metadata to a safetensors file atomically."""
     path = Path(path)
     metadata = {"format": FORMAT, "version": str(VERSION), "inertia": repr(units.inertia)}
-    metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS)}
+    metadata |= {name: str(getattr(units, name)) for name in (*TEXTS, *NUMBERS, WEIGHTS)}
     make_folder(path.parent, CheckpointError)
     with atomic_file(path) as file:
         write_safetensors(file, {"centroids": units.centroids}, metadata)
@@ -165,6 +178,7 @@ def load_units(path: str | Path) -> Units:
         centroids = tensors["centroids"]
         layer, width, clusters, frames, seed = (int(metadata[name]) for name in NUMBERS)
         texts = {name: metadata[name] for name in TEXTS}
+        texts[WEIGHTS] = metadata.get(WEIGHTS, "")
         inertia = float(metadata["inertia"])
         units = Units(centroids, layer=layer, inertia=inertia, frames=frames, seed=seed, **texts)
     except (KeyError, ValueError, TypeError) as error:
@@ -174,3 +188,30 @@ def load_units(path: str | Path) -> Units:
     if clusters < 1 or layer < 0:
         raise CheckpointError(f"{path} is damaged: {clusters} units of layer {layer}")
     return units
+
+
+def check_teacher_of_units(units: Units, model: str, upstream: nn.Module, location: str) -> None:
+    """Raise ConfigError if units were fitted on another model than a run's teacher.
+
+    Args:
+        model: of the teacher, in the config; compared if the file has no digest of the weights.
+        upstream: of the teacher.
+        location: of the file in the config; starts the message.
+    """
+    teacher = f"teachers.{units.teacher}.model"
+    if units.weights:
+        if units.weights != upstream_digest(upstream):
+            raise ConfigError(
+                f"{location} has units of {units.model} with other weights than those of "
+                f"{teacher} ({model}) now; fit units of this model with s3prl-ekd fit-units"
+            )
+    elif units.model and not may_be_same(units.model, model):
+        raise ConfigError(
+            f"{location} has units of {units.model}, but {teacher} is {model}; fit units of this "
+            "model with s3prl-ekd fit-units, or write the same name if both are one model"
+        )
+
+
+def upstream_digest(upstream: nn.Module) -> str:
+    """Digest of a teacher's weights; empty for stored hidden states, to which more are added."""
+    return "" if hasattr(upstream, "stated") else weights_digest(upstream)

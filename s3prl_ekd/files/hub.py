@@ -96,6 +96,11 @@ def same_model(first: str, second: str) -> bool:
     )
 
 
+def may_be_same(first: str, second: str) -> bool:
+    """Whether two sources of a teacher may be one model: paths may differ in the folder."""
+    return Path(first).name == Path(second).name or same_model(first, second)
+
+
 def pin(hub_id: HubId, location: str, error: type[EkdError]) -> HubId:
     """The id with the commit that its revision is at now; offline, at which it is in the cache.
 

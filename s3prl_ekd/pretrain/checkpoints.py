@@ -45,6 +45,7 @@ class Progress:
     tables: dict[str, str] = field(default_factory=dict)  # digest of each length table
     # SHA-256 of teachers' checkpoints and unit files, by config key
     sources: dict[str, str] = field(default_factory=dict)
+    dev_tables: dict[str, str] = field(default_factory=dict)  # the same of those of `best_loss`
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest dev loss
@@ -73,14 +74,15 @@ class Progress:
             check_format_version(data["version"], VERSION, f"{path} ({RUN_STATE_KEY})")
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']!r:.20}")
-            data = {"dev_due": False, "sources": {}, **data}  # version 0.1 did not write these
+            # version 0.1 did not write these
+            data = {"dev_due": False, "sources": {}, "dev_tables": {}, **data}
             values = {field.name: data[field.name] for field in dataclasses.fields(Progress)}
             counts = ("step", "epoch", "batch", "batches", "skipped", "skipped_in_a_row")
             if not all(type(values[name]) is int and values[name] >= 0 for name in counts):
                 raise TypeError(f"expected whole numbers for {', '.join(counts)}")
             records = {name: list(points.unbind()) for name, points in values["records"].items()}
             values["records"] = defaultdict(list, records)
-            for name in ("tables", "sources", "scaler"):
+            for name in ("tables", "sources", "dev_tables", "scaler"):
                 values[name] = dict(values[name])
             if not isinstance(data["random"], list):
                 raise TypeError("random must be a list")
@@ -129,22 +131,25 @@ class CheckpointManager:
             (self.folder / f"states-{old}.ckpt").unlink(missing_ok=True)
         return path
 
-    def prune(self, step: int) -> None:
+    def prune(self, step: int, keep_best: bool = True) -> None:
         """Prepare the folder for a run that resumes at ``step``.
 
         Remove incomplete files of a killed process. Rename checkpoints of later steps, because the
-        next ``-a`` would resume from one of them.
+        next ``-a`` would resume from one of them. ``keep_best``: whether ``dev-best.ckpt`` of an
+        earlier step is the best of this run.
         """
         remove_leftovers(self.folder, "*.ckpt")
-        for path in run_checkpoints(self.folder):
+        best = self.folder / BEST_NAME
+        for path in (*run_checkpoints(self.folder), *([best] if best.is_file() else ())):
             try:
                 newer = int(read_checkpoint(path)["Step"]) > step
             except NewerFormatError:
                 raise
             except (CheckpointError, ValueError, TypeError):
                 continue  # damaged: resuming ignores it, and a later save overwrites it
-            if newer:
-                logger.warning("%s is from a later step: renamed to %s.old", path, path.name)
+            if newer or (path == best and not keep_best):
+                reason = "is from a later step" if newer else "has another dev loss"
+                logger.warning("%s %s: renamed to %s.old", path, reason, path.name)
                 path.replace(path.with_name(f"{path.name}.old"))
 
     @contextlib.contextmanager

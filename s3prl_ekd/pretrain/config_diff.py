@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.shar.shards import is_shar, shar_digest
 from ..distill.settings import DistillSettings
-from ..errors import CheckpointError, DataError
+from ..errors import DataError
 from ..files.atomic import file_sha256
 from ..files.config import override_option
-from ..files.config_diff import describe_changes
+from ..teachers.names import STORED
 
 DATA = "pretrain_expert.datarc"
 SETS = f"{DATA}.sets"
 
-# Keys that `-o` cannot change on resume: the saved optimizer state would not fit.
-FIXED = ("optimizer.name", "optimizer.torch_optim_name")
+_STORED = "stored states "  # begins the digest of a folder of them
 
-
-def check_changes(changes: Mapping[str, tuple[Any, Any]], checkpoint: str) -> None:
-    """Raise CheckpointError if ``-o`` changes the optimizer, which a resumed run does not allow."""
-    fixed = {key: change for key, change in changes.items() if key in FIXED}
-    if fixed:
-        raise CheckpointError(
-            f"cannot resume {checkpoint} with {describe_changes(fixed)}: its optimizer state does "
-            "not fit another optimizer; start a new run under another name"
-        )
+logger = logging.getLogger(__name__)
 
 
 def table_digests(folder: str | Path, sets: Sequence[str]) -> dict[str, str]:
@@ -68,13 +59,27 @@ def check_tables(
 
 
 def source_digests(settings: DistillSettings) -> dict[str, str]:
-    """SHA-256 of the teachers' checkpoints and unit files, by the keys that name them.
+    """Digests of the teachers' checkpoints and folders and of unit files, by the keys that name
+    them.
 
-    Teachers that are no file are left out: a name of s3prl, a folder, or an id with its commit.
+    Teachers that are neither are left out: a name of s3prl, or an id with its commit.
     """
-    files = {f"teachers.{name}.model": t.model for name, t in settings.teachers.items()}
-    files |= {f"unit_loss[{i}].file": unit.file for i, unit in enumerate(settings.unit_loss)}
-    return {key: file_sha256(path) for key, path in files.items() if Path(path).is_file()}
+    sources = {f"teachers.{name}.model": t.model for name, t in settings.teachers.items()}
+    sources |= {f"unit_loss[{i}].file": unit.file for i, unit in enumerate(settings.unit_loss)}
+    return {key: _digest(Path(path)) for key, path in sources.items() if Path(path).exists()}
+
+
+def _digest(path: Path) -> str:
+    """Digest of a file, of a Hugging Face folder's settings and weights, or of stored states."""
+    if path.is_file():
+        return file_sha256(path)
+    if (path / STORED).is_file():
+        from ..teachers.stored import StoredStates
+
+        return _STORED + StoredStates(path).digest.numpy().tobytes().hex()
+    from ..teachers.student_source import contents_sha256
+
+    return contents_sha256(path)
 
 
 def check_unchanged(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
@@ -84,9 +89,18 @@ def check_unchanged(saved: Mapping[str, str], current: Mapping[str, str]) -> Non
         saved: digests in the checkpoint; empty if an earlier version wrote it.
         current: :func:`source_digests` now.
     """
-    changed = [key for key in current if saved.get(key, current[key]) != current[key]]
-    if changed:
+    if changed := changed_sources(saved, current):
         raise DataError(
-            f"files have changed since the checkpoint was written: {', '.join(changed)}; restore "
-            "them, or start a new run under another name"
+            "teachers or units have changed since the checkpoint was written: "
+            f"{', '.join(changed)}; restore them, or start a new run under another name"
         )
+
+
+def changed_sources(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """The keys whose digests are known and differ. Stored states, to which files may have been
+    added, only give a warning."""
+    changed = [key for key in current if saved.get(key, current[key]) != current[key]]
+    for key in changed:
+        if current[key].startswith(_STORED):
+            logger.warning("%s: the stored states are not those of the start of this run", key)
+    return [key for key in changed if not current[key].startswith(_STORED)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,7 +36,7 @@ from ..distill.student_settings import (  # noqa: E402
 )
 from ..files.config import to_plain_data  # noqa: E402
 from ..files.config_diff import config_differences, describe_changes  # noqa: E402
-from ..files.hub import same_model  # noqa: E402
+from ..files.hub import may_be_same  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
@@ -67,6 +66,7 @@ from .settings import (  # noqa: E402
 
 if TYPE_CHECKING:
     from ..distill.span_mask import SpanMask
+    from ..distill.teachers import TeacherEnsemble
     from ..essence.units import Units
     from ..hidden_states.store import TargetReader
     from .tensorboard import ScalarWriter
@@ -129,7 +129,8 @@ class UpstreamPretrainExpert(nn.Module):
             self.loaders.append(self.dev_dataloader)
         if mask is not None:
             self._check_mask_length(mask.length, conv)
-        units = self._load_units(is_new=not isinstance(upstream_config, dict))
+        is_new = not isinstance(upstream_config, dict)  # else it is that of a checkpoint
+        units = self._load_units()
         teachers = load_teachers(
             self.settings.teachers,
             self.settings.teacher_dropout,
@@ -144,6 +145,8 @@ class UpstreamPretrainExpert(nn.Module):
                     f"pretrain_expert.datarc.sequence_length: {self.data.sequence_length} samples "
                     f"are shorter than a frame of teachers.{name}, {teacher.field}; raise it"
                 )
+        if is_new:
+            self._check_units(units, teachers)
         if student is None:
             copy = cast(CopySettings, self.settings.student)
             student = copied_student(teachers, copy, self.settings.pruning)
@@ -163,7 +166,8 @@ class UpstreamPretrainExpert(nn.Module):
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
-            initialise(student, models, conv=init.conv, encoder=init.encoder, layers=init.layers)
+            parts = {"conv": init.conv, "encoder": init.encoder}
+            initialise(student, models, **parts, layers=init.layers, same=is_new)
         # for `s3prl-ekd merge`
         self._initial_weights: Any = weights_digest(self.distiller.student)
         self._log_setup()
@@ -182,30 +186,23 @@ class UpstreamPretrainExpert(nn.Module):
             precision = precision if precision in DTYPES and not slow else "float32"
         self.settings = dataclasses.replace(self.settings, teacher_precision=precision)
 
-    def _load_units(self, is_new: bool) -> list[Units]:
-        """Read the files of ``unit_loss``.
-
-        Raises:
-            CheckpointError: a file is missing or damaged.
-            ConfigError: a new run's file has units of another model than its teacher.
-        """
+    def _load_units(self) -> list[Units]:
+        """Read the files of ``unit_loss``. Raises CheckpointError if one is missing or damaged."""
         if not self.settings.unit_loss:
             return []
         from ..essence.units import load_units
 
-        units = [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
+        return [load_units(unit_loss.file) for unit_loss in self.settings.unit_loss]
+
+    def _check_units(self, units: Sequence[Units], teachers: TeacherEnsemble) -> None:
+        """Raise ConfigError if a new run's units are of another model than its teacher."""
         for i, labels in enumerate(units):
-            teacher = self.settings.teachers.get(labels.teacher)
-            # an unknown teacher is refused later
-            if not is_new or teacher is None or not labels.model:
-                continue
-            if not _may_be_same(labels.model, teacher.model):
-                raise ConfigError(
-                    f"unit_loss[{i}].file has units of {labels.model}, but "
-                    f"teachers.{labels.teacher}.model is {teacher.model}; fit units of this "
-                    "model with s3prl-ekd fit-units, or write the same name if both are one model"
-                )
-        return units
+            from ..essence.units import check_teacher_of_units
+
+            if labels.teacher in teachers:  # an unknown teacher is refused later
+                model = self.settings.teachers[labels.teacher].model
+                upstream = teachers[labels.teacher].upstream
+                check_teacher_of_units(labels, model, upstream, f"unit_loss[{i}].file")
 
     def _check_mask_length(self, length: int, conv: ConvInput) -> None:
         """Raise ConfigError if no utterance is as long as a masked span."""
@@ -294,7 +291,7 @@ class UpstreamPretrainExpert(nn.Module):
                     f"{[list(target) for target in new.targets]}; use the layers of its first run, "
                     f"{instead}"
                 )
-            if not isinstance(digests, dict) and not _may_be_same(old.model, new.model):
+            if not isinstance(digests, dict) and not may_be_same(old.model, new.model):
                 logger.warning(
                     "student.file: the heads of %s were trained with teachers.%s.model: %s, this "
                     "experiment has %s",
@@ -555,11 +552,6 @@ def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
     return ", ".join(
         f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
     )
-
-
-def _may_be_same(first: str, second: str) -> bool:
-    """Whether two sources of a teacher may be one model: paths may differ in the folder."""
-    return Path(first).name == Path(second).name or same_model(first, second)
 
 
 def _teachers_of_file(about: Mapping[str, Any]) -> Mapping[str, TeacherSettings]:

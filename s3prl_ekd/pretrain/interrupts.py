@@ -43,6 +43,10 @@ class StoppedWaiting(Exception):
     """After a signal, the next batch has not arrived in time."""
 
 
+class StoppedDevLoss(Exception):
+    """After a signal, the dev loss is not measured to the end."""
+
+
 def exit_code(name: str) -> int:
     """The exit code for the signal of that name: 143 (SIGTERM), 130 (SIGINT), 138 (SIGUSR1)."""
     return 128 + int(signal.Signals[name])

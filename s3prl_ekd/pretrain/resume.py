@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping
 
@@ -13,13 +14,14 @@ from ..errors import CheckpointError
 from ..files.config import value_at
 from ..system.random_states import set_random_states
 from .checkpoints import RUN_STATE_KEY, Progress
-from .config_diff import DATA, check_tables, check_unchanged, source_digests, table_digests
+from .config_diff import DATA, check_tables, check_unchanged
 from .distributed import ProcessGroup
 from .expert import UpstreamPretrainExpert
 
 logger = logging.getLogger(__name__)
 
 SHAR_STREAMS = f"{DATA}.shar_streams"  # another order of as many batches
+DEV_KEYS = ("sequence_length", "max_timestep")  # which the dev loss depends on
 
 
 def resumed_progress(
@@ -27,42 +29,57 @@ def resumed_progress(
     path: str,
     upstream: UpstreamPretrainExpert,
     overridden: Collection[str],
-    processes: ProcessGroup,
+    new: Progress,
 ) -> Progress:
-    """Read the progress from a checkpoint, and set the position of ``upstream``'s sampler to it.
+    """Read the progress from a checkpoint.
 
     Args:
-        states: the checkpoint ``path``; empty for a new run.
+        states: the checkpoint ``path``.
         upstream: with the checkpoint's weights loaded.
         overridden: config keys that ``-o`` sets in this command.
+        new: of a new run, with the digests of tables, teachers and units now.
 
     Raises:
         EkdError: the checkpoint is damaged, or length tables, teachers or units have changed since.
     """
     data, sampler = upstream.data, upstream.dataloader.sampler
-    tables = table_digests(data.file_path, data.sets)
-    sources = source_digests(upstream.settings)
-    if RUN_STATE_KEY in states:
-        progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
-        check_unchanged(progress.sources, sources)
-        check_tables(progress.tables, tables, data.file_path, overridden)
-        changed = progress.tables != tables or progress.batches != len(sampler)
-        if changed or (SHAR_STREAMS in overridden and _other_streams(states, data.shar_streams)):
-            logger.warning("the batches changed since the checkpoint; starting a new epoch")
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-    else:
-        progress = Progress(states.get("Step", 0), epoch=sampler.epoch, batch=sampler.position)
-        if states:
-            logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
-    progress.tables, progress.sources, progress.batches = tables, sources, len(sampler)
-    sampler.seek(progress.epoch, progress.batch, processes.rank, processes.world_size)
+    if RUN_STATE_KEY not in states:
+        logger.warning("%s is from s3prl's own Runner: random states start from the seed", path)
+        position = {"epoch": sampler.epoch, "batch": sampler.position}
+        return dataclasses.replace(new, step=states.get("Step", 0), **position)
+    progress = Progress.from_state_dict(states[RUN_STATE_KEY], path)
+    check_unchanged(progress.sources, new.sources)
+    check_tables(progress.tables, new.tables, data.file_path, overridden)
+    changed = progress.tables != new.tables or progress.batches != new.batches
+    if changed or (SHAR_STREAMS in overridden and _other(states, data, "shar_streams")):
+        logger.warning("the batches changed since the checkpoint; starting a new epoch")
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    if progress.best_loss is not None and _other_dev_data(states, data, progress, new.dev_tables):
+        logger.warning(
+            "the data of the dev loss changed since the checkpoint, so the lowest one, %.5f at "
+            "step %d, is not compared with later ones",
+            *(progress.best_loss, progress.best_step),
+        )
+        progress.best_loss, progress.best_step = None, 0
+    progress.tables, progress.sources, progress.batches = new.tables, new.sources, new.batches
+    progress.dev_tables = new.dev_tables or progress.dev_tables  # without dev sets: of the best
     return progress
 
 
-def _other_streams(states: Mapping, streams: int) -> bool:
-    """Whether the run of a checkpoint had another number of streams of Shar folders."""
-    saved = value_at(states, f"Config.{SHAR_STREAMS}")
-    return (DataSettings.shar_streams if saved is None else saved) != streams
+def _other(states: Mapping, data: DataSettings, key: str) -> bool:
+    """Whether a key of ``datarc`` with a default has another value in the run of a checkpoint."""
+    saved = value_at(states, f"Config.{DATA}.{key}")
+    return (getattr(DataSettings, key) if saved is None else saved) != getattr(data, key)
+
+
+def _other_dev_data(
+    states: Mapping, data: DataSettings, progress: Progress, tables: Mapping[str, str]
+) -> bool:
+    """Whether the run measures its dev loss, but on other data than those of its ``best_loss``."""
+    saved = value_at(states, f"Config.{DATA}.dev_sets") or ()
+    # earlier versions saved only the names
+    tables_changed = progress.dev_tables != tables if progress.dev_tables else {*saved} != {*tables}
+    return bool(tables) and (tables_changed or any(_other(states, data, key) for key in DEV_KEYS))
 
 
 def resume_random(states: Mapping, path: str, processes: ProcessGroup, device: str) -> bool:

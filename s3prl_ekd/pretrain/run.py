@@ -18,9 +18,7 @@ from ..data.shar.shards import shar_shards
 from ..errors import CheckpointError, DataError, SetupError
 from ..files import trust
 from ..files.atomic import make_folder
-from ..files.config import apply_overrides, overridden, read_yaml, to_plain_data
-from ..files.config_diff import check_config_file, config_differences, describe_changes
-from ..files.hub import same_model
+from ..files.config import apply_overrides, overridden, read_yaml
 from ..request import (
     INIT_HINT,
     PretrainRequest,
@@ -28,22 +26,17 @@ from ..request import (
     check_device,
     check_run_folder,
     check_seed,
-    log_moved,
     script_guards,
 )
 from ..system import torchrun
 from ..teachers.names import check_teacher_sources
-from .config_diff import check_changes
 from .settings import (
     ModelFile,
     RunnerFile,
     check_activation_checkpointing,
     check_pruning_run,
-    check_runner_config,
     load_model_config,
     load_runner_config,
-    read_model_yaml,
-    saved_runner_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -156,44 +149,11 @@ def check_output_folder(request: PretrainRequest, states: Mapping[str, Any]) -> 
 
 
 def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) -> None:
-    """Check that a resumed run keeps its config, except for changes by ``-o``; log these.
+    """Check that a resumed run keeps its config, except for changes by ``-o``; log these."""
+    if states and request.is_ekd:
+        from .resumed_config import check
 
-    The files of ``-c`` and ``-g`` must equal the config in the checkpoint. They do if the command
-    that started the run is repeated with ``-a``.
-    """
-    if not states or not request.is_ekd:
-        return
-    path, text = str(request.past_exp), request.override
-    log_moved(request, getattr(states["Args"], "expdir", None))
-    logger.info("resuming from %s at step %s", path, states["Step"])
-    config = saved_runner_config(states["Config"])
-    saved = check_runner_config(config, f"the config in {path}")
-    config = apply_overrides(config, text) if text else config
-    current = to_plain_data(check_runner_config(config, f"the config in {path} with -o"))
-    changes = config_differences(to_plain_data(saved), current)
-    check_changes(changes, path)
-    if request.config:
-        in_file = to_plain_data(load_runner_config(request.config, text))
-        recorded = current["runner"]["precision"]  # chosen when the run began
-        on_cuda = ("float16", "tf32")  # without CUDA float32
-        wanted = in_file["runner"]["precision"]
-        if wanted == "auto" or (wanted in on_cuda and recorded == "float32"):
-            in_file["runner"]["precision"] = recorded
-        check_config_file(request.config, config_differences(current, in_file), path, "-c")
-    if request.upstream_config:
-        model = to_plain_data(load_model_config(states["Upstream_Config"]))
-        in_file = to_plain_data(load_model_config(request.upstream_config))
-        if in_file["teacher_precision"] == "auto":
-            in_file["teacher_precision"] = model["teacher_precision"]
-        for name in model["teachers"].keys() & in_file["teachers"].keys():
-            recorded = model["teachers"][name]["model"]  # with the commit, if on the Hub
-            if same_model(recorded, in_file["teachers"][name]["model"]):
-                in_file["teachers"][name]["model"] = recorded
-        if "reduce" not in read_model_yaml(request.upstream_config).get("loss", {}):
-            in_file["loss"]["reduce"] = model["loss"]["reduce"]  # version 0.1 had another default
-        check_config_file(request.upstream_config, config_differences(model, in_file), path, "-g")
-    if changes:
-        logger.info("changed by -o: %s", describe_changes(changes))
+        check(request, states)
 
 
 OPTION_CHECKS = (check_workspace, check_single_process)

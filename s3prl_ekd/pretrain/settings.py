@@ -299,7 +299,14 @@ def load_runner_config(path: str | Path, overrides: str | None = None) -> Runner
     data = rename_keys(read_yaml(path), RUNNER, str(path))
     if overrides:
         data = apply_overrides(data, rename_overrides(overrides))
-    return check_runner_config(data, str(path))
+    settings = check_runner_config(data, str(path))
+    if settings.scheduler and "warmup_proportion" in settings.optimizer:
+        if settings.optimizer["name"] == FUSED_ADAMW:  # earlier checkpoints may have both
+            raise ConfigError(
+                f"{path}: optimizer.warmup_proportion has no effect with a scheduler; remove one "
+                "of them"
+            )
+    return settings
 
 
 def saved_runner_config(data: dict) -> dict:

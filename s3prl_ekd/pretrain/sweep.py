@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 from ..data.settings import DataSettings
 from ..distill.settings import RelationSettings
 from ..distill.student_settings import FileSettings
-from ..errors import SetupError
+from ..errors import DataError, SetupError
 from ..files.atomic import file_sha256, make_folder, write_text
 from ..files.config import to_plain_data
 from ..files.formats import check_format_version
@@ -22,6 +23,7 @@ from ..files.renamed_keys import MODEL, RUNNER, restore_keys
 from ..files.text import read_json
 from ..request import PretrainRequest
 from ..system.jobs import Jobs
+from .config_diff import changed_sources, source_digests, table_digests
 from .settings import load_model_config, load_runner_config
 from .tensorboard import read_scalars, teacher_curves
 
@@ -37,7 +39,9 @@ _SINCE_0_1: tuple[tuple[str, str, Any], ...] = (
     ("student", "train_extractor", True),
     ("student", "masked_norm", False),
 )
-RECORD = "sweep.json"  # in a run's folder: its digest, and its duration once it is finished
+# In a run's folder: its digest, digests of the files that it reads (not in earlier versions), and
+# its duration once it is finished.
+RECORD = "sweep.json"
 OLD_ROOT, OLD_RECORD = Path("result/matrix"), "matrix.json"  # of version 0.1
 
 
@@ -94,6 +98,16 @@ class SweepRun:
         texts = (json.dumps(fact, sort_keys=True, default=str) for fact in facts)
         return tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
 
+    def files(self) -> dict[str, str]:
+        """Digests of length tables, teachers and units, by path or key; without missing tables."""
+        data = load_runner_config(self.runner, self.overrides).pretrain_expert.datarc
+        tables: dict[str, str] = {}
+        for name in (*data.sets, *data.dev_sets):
+            with contextlib.suppress(DataError):  # finished runs do not need it
+                digest = table_digests(data.file_path, [name])[name]
+                tables[str(Path(data.file_path) / name)] = digest
+        return tables | source_digests(load_model_config(self.config))
+
     @property
     def folder(self) -> Path:
         """Folder of the run: that of version 0.1 if it exists, else ``result/sweep/NAME``."""
@@ -134,21 +148,40 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> list[SweepResult]:
     """Start or resume unfinished runs, ``jobs`` in parallel; the results are in their order.
 
     Raises:
-        SetupError: runs failed, or a folder holds a run of the same name with other settings.
+        SetupError: runs failed, or a folder holds a run of the same name with other settings or
+            with other contents of the files that it reads.
     """
+    all_files: dict[tuple[Path, Path, str], dict[str, str]] = {}  # equal for all seeds
     for run in runs:
-        if run.record.is_file() and _read(run.record)["digest"] not in run.digests:
+        key = (run.config, run.runner, run.overrides)
+        all_files[key] = files = all_files.get(key) or run.files()
+        if not run.record.is_file():
+            continue
+        record = _read(run.record)
+        if record["digest"] not in run.digests:
             raise SetupError(
                 f"{run.folder} holds a run with other settings; move or remove the folder"
             )
+        if changed := changed_sources(record.get("files", {}), files):
+            raise SetupError(
+                f"{run.folder} holds a run with other files: since then {', '.join(changed)} "
+                "changed; restore them, or move or remove the folder"
+            )
     processes = Jobs(jobs)
-    return processes.run_all(lambda run, environment: _run(run, processes, environment), runs)
+
+    def start(run: SweepRun, environment: Mapping[str, str]) -> SweepResult:
+        files = all_files[run.config, run.runner, run.overrides]
+        return _run(run, files, processes, environment)
+
+    return processes.run_all(start, runs)
 
 
-def _run(run: SweepRun, processes: Jobs, environment: Mapping[str, str]) -> SweepResult:
+def _run(
+    run: SweepRun, files: Mapping[str, str], processes: Jobs, environment: Mapping[str, str]
+) -> SweepResult:
     if not run.record.is_file() or "seconds" not in _read(run.record):
         make_folder(run.folder, SetupError)
-        content: dict[str, str | float] = {"digest": run.digest}
+        content: dict[str, Any] = {"digest": run.digest, "files": files}
         write_text(run.record, json.dumps(content))
         start = time.monotonic()
         processes.run(run.argv, run.folder / "log.txt", environment)
@@ -176,7 +209,7 @@ def _drop_new_defaults(model: dict[str, Any]) -> None:
 def _read(record: Path) -> dict:
     data = read_json(record, "record", SetupError)
     check_format_version(data.get("format", 1), 1, f"the record {record}", SetupError)
-    if not isinstance(data.get("digest"), str):
+    if not isinstance(data.get("digest"), str) or not isinstance(data.get("files", {}), dict):
         raise SetupError(f"{record} is damaged: no digest; remove the folder and run again")
     return data
 

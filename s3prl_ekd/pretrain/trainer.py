@@ -37,7 +37,8 @@ from ..request import PretrainRequest
 from ..system.precision import allow_tf32, choose_training_precision
 from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, as_tensor
-from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, SaveError
+from .checkpoints import BEST_NAME, RUN_STATE_KEY, CheckpointManager, Progress, SaveError
+from .config_diff import source_digests, table_digests
 from .distributed import (
     ProcessGroup,
     distiller_batch,
@@ -49,6 +50,7 @@ from .distributed import (
 )
 from .expert import UpstreamPretrainExpert
 from .interrupts import (
+    StoppedDevLoss,
     StoppedWaiting,
     StopSignals,
     exit_code,
@@ -66,12 +68,6 @@ from .optim import (
     read_steps,
     warmup_schedule,
 )
-from .resume import (
-    resume_optimizer,
-    resume_random,
-    resume_scheduler,
-    resumed_progress,
-)
 from .settings import FUSED_ADAMW, ModelFile, check_runner_config, saved_runner_config
 from .tensorboard import ScalarWriter
 
@@ -79,6 +75,7 @@ logger = logging.getLogger(__name__)
 
 # Steps without waiting for the device; also bounded by runner.max_nonfinite, log_step, save_step.
 MAX_UNREAD = 20
+AGREE_EVERY = 8  # dev batches after which several processes compare whether a signal has arrived
 DEFAULT_SEED = 1337  # of s3prl's script
 
 
@@ -110,6 +107,8 @@ class Trainer:
         overridden: Collection[str] = (),
     ):
         args.override = None  # in the config already; the next resume would apply it again
+        if not args.init_ckpt or hasattr(args, "overridden"):  # version 0.1 did not record them
+            args.overridden = sorted({*getattr(args, "overridden", ()), *overridden})
         self.args, self.s3prl_runner = args, s3prl_runner
         self.device = str(args.device)
         self.processes = join_process_group(self.device)
@@ -130,8 +129,18 @@ class Trainer:
         self.init_ckpt = checkpoint
         self.upstream: UpstreamPretrainExpert = s3prl_runner._get_upstream(self)
         self.upstream.prepare(self.settings)
-        self.progress = resumed_progress(
-            checkpoint, path, self.upstream, overridden, self.processes
+        self.progress = new_progress(self.upstream)
+        if checkpoint:
+            from . import resume  # a new run does not need it
+
+            self.progress = resume.resumed_progress(
+                checkpoint, path, self.upstream, overridden, self.progress
+            )
+        self.upstream.dataloader.sampler.seek(
+            self.progress.epoch,
+            self.progress.batch,
+            self.processes.rank,
+            self.processes.world_size,
         )
         self._unread: list[tuple[int, UnreadStep, Mapping[str, list[Tensor]]]] = []
         # Position of the next batch.
@@ -147,7 +156,7 @@ class Trainer:
         resume_step = self.progress.step if checkpoint else None
         self.logger = ScalarWriter(args.expdir if is_main else None, resume_step)
         if is_main and checkpoint:
-            self.checkpoints.prune(self.progress.step)
+            self.checkpoints.prune(self.progress.step, self.progress.best_loss is not None)
 
         self.distiller: nn.Module = self.upstream.distiller
         if self.processes.world_size > 1:
@@ -160,7 +169,7 @@ class Trainer:
         self.init_ckpt = {}
         self.optimizer_step = self.make_optimizer_step(checkpoint)
         # Last, because set-up draws random numbers.
-        if not resume_random(checkpoint, path, self.processes, self.device):
+        if not (checkpoint and resume.resume_random(checkpoint, path, self.processes, self.device)):
             self.processes.seed_by_rank(args.seed)
         if is_main:
             write_configs(args, self.upstream.settings, self.config)
@@ -168,8 +177,9 @@ class Trainer:
     def check_same_progress(self) -> None:
         """Raise SetupError if the processes have different checkpoints or length tables."""
         progress = self.progress
+        tables = (progress.tables, progress.dev_tables)
         positions = self.processes.all_gather(
-            (progress.step, progress.epoch, progress.batch, progress.batches, progress.tables)
+            (progress.step, progress.epoch, progress.batch, progress.batches, tables)
         )
         if any(position != positions[0] for position in positions):
             raise SetupError(
@@ -208,14 +218,16 @@ class Trainer:
         except (TypeError, ValueError, AttributeError) as error:
             raise SetupError(f"cannot make the optimizer {config}: {error}") from None
         if checkpoint:
-            resume_optimizer(optimizer, checkpoint, self.args.init_ckpt)
+            from . import resume
+
+            resume.resume_optimizer(optimizer, checkpoint, self.args.init_ckpt)
         scheduler = None
         if self.config.get("scheduler"):
             scheduler = self.s3prl_runner._get_scheduler(self, optimizer)
         elif fused:
             scheduler = warmup_schedule(optimizer, config, run.total_steps)
         if checkpoint and scheduler is not None:
-            resume_scheduler(scheduler, optimizer, self.progress.step)
+            resume.resume_scheduler(scheduler, optimizer, self.progress.step)
         return OptimizerStep(model, optimizer, scheduler, scaler, run, self.processes)
 
     # Loop
@@ -463,10 +475,16 @@ class Trainer:
         )
 
     def measure_dev_loss(self) -> None:
-        """Compute the dev loss; save ``dev-best.ckpt`` if it is the lowest so far."""
+        """Compute the dev loss; save ``dev-best.ckpt`` if it is the lowest so far.
+
+        After a signal, stop and leave ``progress.dev_due`` true: the resumed run measures it.
+        """
         progress = self.progress
-        with self.autocast:
-            sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
+        try:
+            with self.autocast:
+                sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
+        except StoppedDevLoss:
+            return
         self.bad_audio.commit()
         total, samples = self.processes.sum(*sums)
         if not samples:
@@ -491,14 +509,26 @@ class Trainer:
                 self.checkpoints.save(checkpoint, BEST_NAME)
 
     def dev_batches(self) -> Iterator[Batch]:
-        """Yield the dev batches that have a usable utterance, with a progress bar."""
-        loader = self.upstream.dev_dataloader
+        """Yield the dev batches that have a usable utterance, with a progress bar.
+
+        Raises StoppedDevLoss in all processes once a signal has arrived in one.
+        """
+        loader, count = self.upstream.dev_dataloader, self.processes.world_size
         assert loader is not None
-        options = {"dynamic_ncols": True, "desc": "dev", "leave": False}
-        for read in tqdm(self.stop_signals.batches(loader), total=len(loader), **options):
-            batch = self.bad_audio.usable(read, self.progress.epoch)
-            if batch.names:
-                yield batch
+        every = 1 if count == 1 else AGREE_EVERY
+        batches = self.stop_signals.batches(loader)
+        with tqdm(total=len(loader), dynamic_ncols=True, desc="dev", leave=False) as bar:
+            # as many turns in each process, although some have a batch less
+            for turn in range(math.ceil(loader.sampler.count / count)):
+                stop = self.stop_signals.received is not None
+                if turn % every == 0 and self.processes.any(stop):
+                    raise StoppedDevLoss
+                if (read := next(batches, None)) is None:
+                    continue
+                bar.update()
+                batch = self.bad_audio.usable(read, self.progress.epoch)
+                if batch.names:
+                    yield batch
 
     # Save
 
@@ -508,7 +538,7 @@ class Trainer:
         minutes = (time.monotonic() - self._saved_at) / 60
         signal = self.stop_signals.received
         signal_name = self.processes.first_not_none(signal and signal.name)
-        is_last = step == run.total_steps
+        is_last = step == run.total_steps and not self.progress.dev_due
         stopping = signal_name is not None and not is_last
         numbered = self.is_due(run.save_step)
         if numbered or stopping or self.processes.any(0 < run.autosave_minutes <= minutes):
@@ -623,6 +653,17 @@ class Trainer:
             return path.exists() and read_checkpoint(path)["Step"] >= self.progress.step
         except CheckpointError:  # damaged
             return False
+
+
+def new_progress(upstream: UpstreamPretrainExpert) -> Progress:
+    """The progress of a new run, with digests of its length tables, teachers and units."""
+    data = upstream.data
+    return Progress(
+        batches=len(upstream.dataloader.sampler),
+        tables=table_digests(data.file_path, data.sets),
+        sources=source_digests(upstream.settings),
+        dev_tables=table_digests(data.file_path, data.dev_sets),
+    )
 
 
 @torch.no_grad()
