@@ -243,3 +243,10 @@ def crop_frames(targets: Targets) -> dict[str, Tensor]:
             f"the teachers give different numbers of frames ({shown}); use one frame rate"
         )
     return {name: states[:, :, :fewest] for name, states in targets.items()}
+
+
+def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
+    """Target sets as text: ``hubert (4 layers of 768)``."""
+    return ", ".join(
+        f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
+    )

@@ -22,11 +22,10 @@ compat.apply()
 from ..data.batch import Batch  # noqa: E402
 from ..data.batches import train_loader  # noqa: E402
 from ..data.loader import BatchLoader  # noqa: E402
-from ..distill.aggregation import TargetSpec  # noqa: E402
+from ..distill.aggregation import describe_targets  # noqa: E402
 from ..distill.distiller import EnsembleDistiller  # noqa: E402
 from ..distill.frame_counts import FrameCounts  # noqa: E402
 from ..distill.initialisation import initialise  # noqa: E402
-from ..distill.settings import TeacherSettings  # noqa: E402
 from ..distill.student import Student  # noqa: E402
 from ..distill.student_settings import (  # noqa: E402
     ConvInput,
@@ -36,7 +35,6 @@ from ..distill.student_settings import (  # noqa: E402
 )
 from ..files.config import to_plain_data  # noqa: E402
 from ..files.config_diff import config_differences, describe_changes  # noqa: E402
-from ..files.hub import may_be_same  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
@@ -162,7 +160,9 @@ class UpstreamPretrainExpert(nn.Module):
                 name: weights_digest(teacher.upstream) for name, teacher in teachers.items()
             }
         if self._heads_of_file is not None:
-            self._load_heads(self._heads_of_file)
+            from .heads_of_file import load_heads
+
+            load_heads(self.distiller, self._heads_of_file, self._teacher_digests)
         init = self.settings.init
         if init.sources:
             models = [teacher_model(teachers, name) for name in init.sources]
@@ -245,65 +245,6 @@ class UpstreamPretrainExpert(nn.Module):
                 settings.file,
             )
         return loaded.student.train()
-
-    def _load_heads(self, loaded: LoadedStudent) -> None:
-        """Continue with the prediction heads of ``student.file``.
-
-        Raises:
-            ConfigError: they predict other targets, or those of other teachers.
-        """
-        file = cast(FileSettings, self.settings.student).file
-        instead = "or set student.keep_heads: false to start with new heads"
-        heads, specs = self.distiller.heads, self.distiller.aggregate.specs
-        assert loaded.heads is not None
-        same_kind = loaded.heads.kind == heads.kind
-        if heads.kind == "layerwise":  # other kinds have no further settings in the file
-            same_kind = same_kind and loaded.heads.settings == heads.settings
-        if loaded.targets != specs or not same_kind:
-            raise ConfigError(
-                f"student.file: the heads of {file} predict {describe_targets(loaded.targets)} "
-                f"({loaded.heads.kind}), this experiment {describe_targets(specs)} ({heads.kind}); "
-                f"use the teachers, aggregation and heads of its first run, {instead}"
-            )
-        for name, spec in specs.items():  # only files of layerwise heads tell which layers
-            members = loaded.targets[name].members
-            if heads.kind == "layerwise" and members != spec.members:
-                raise ConfigError(
-                    f"student.file: the heads of {file} predict the layers "
-                    f"{[list(target) for target in members]} for {name}, this experiment "
-                    f"{[list(target) for target in spec.members]}; use the layers of its first "
-                    f"run, {instead}"
-                )
-        first = _teachers_of_file(loaded.about)
-        digests = loaded.about.get("teachers")
-        names = digests if isinstance(digests, dict) else first
-        if names and names.keys() != self.settings.teachers.keys():
-            raise ConfigError(
-                f"student.file: {file} was distilled from the teachers {', '.join(names)}, this "
-                f"experiment has {', '.join(self.settings.teachers)}; use the same, {instead}"
-            )
-        for name, old in first.items():
-            new = self.settings.teachers.get(name, old)
-            if old.targets != new.targets:
-                raise ConfigError(
-                    f"student.file: the heads of {file} predict the layers "
-                    f"{[list(target) for target in old.targets]} of {name}, this experiment "
-                    f"{[list(target) for target in new.targets]}; use the layers of its first run, "
-                    f"{instead}"
-                )
-            if not isinstance(digests, dict) and not may_be_same(old.model, new.model):
-                logger.warning(
-                    "student.file: the heads of %s were trained with teachers.%s.model: %s, this "
-                    "experiment has %s",
-                    *(file, name, old.model, new.model),
-                )
-        for name, digest in self._teacher_digests.items():
-            if isinstance(digests, dict) and digests[name] != digest:
-                raise ConfigError(
-                    f"student.file: {file} was distilled from another teacher {name} (its weights "
-                    f"differ from those of teachers.{name}.model); use that teacher, {instead}"
-                )
-        heads.load_state_dict(loaded.heads.state_dict())
 
     @property
     def model(self) -> nn.ModuleDict:
@@ -545,22 +486,6 @@ class UpstreamPretrainExpert(nn.Module):
             if name in self.distiller.trainable:
                 parts[key] = self.distiller.trainable[name]
         return parts
-
-
-def describe_targets(specs: Mapping[str, TargetSpec]) -> str:
-    """Target sets as text: ``hubert (4 layers of 768)``."""
-    return ", ".join(
-        f"{name} ({spec.layers} layers of {spec.width})" for name, spec in specs.items()
-    )
-
-
-def _teachers_of_file(about: Mapping[str, Any]) -> Mapping[str, TeacherSettings]:
-    """The teachers of the run that a student file is from; empty if it does not tell."""
-    config = about.get("config")
-    try:
-        return load_model_config(config).teachers if isinstance(config, dict) else {}
-    except ConfigError:
-        return {}
 
 
 def _count(module: nn.Module) -> int:
