@@ -566,7 +566,7 @@ def test_live_targets_equal_cached_ones(cache_folder, capfd):
         assert len({*map(len, waves)}) > 1
         largest[on] = 0.0
         for name, targets in live(waves).items():
-            for i, count in enumerate(stored.lengths.tolist()):
+            for i, count in enumerate(stored.frames.tolist()):
                 expected = stored.values[name][i, :, :count]
                 difference = (targets[i, :, :count] - expected).abs().max()
                 largest[on] = max(largest[on], float(difference / expected.abs().max()))

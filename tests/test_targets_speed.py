@@ -49,7 +49,7 @@ def test_without_running_teachers_the_targets_are_the_batch_s(models):
     assert {name: tuple(v.shape) for name, v in targets.values.items()} == dict.fromkeys(
         ("hubert", "robust_hubert", "wavlm"), (2, 3, 24, 96)
     )
-    assert targets.lengths.tolist() == [24, 12]  # (samples - 400) / 320 + 1
+    assert targets.frames.tolist() == [24, 12]  # (samples - 400) / 320 + 1
 
 
 def test_the_first_turn_is_not_counted_and_the_order_alternates():

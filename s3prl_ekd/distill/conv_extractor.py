@@ -44,6 +44,7 @@ class ConvExtractor:
         module: see :func:`supports_blocks`.
         dtype: of the computation; None: that of the weights, or autocast's.
         masked_norm: take the statistics of the group norm over valid frames only (*ours*).
+        frozen: the weights change only in ways that torch's version counter shows, as a teacher's.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class ConvExtractor:
         module: ConvFeatureExtractionModel,
         dtype: torch.dtype | None = None,
         masked_norm: bool = False,
+        frozen: bool = False,
     ):
         self.module, self.dtype, self.masked_norm = module, dtype, masked_norm
+        self.frozen = frozen
         self.forget_weights()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "dtype": self.dtype, "masked_norm": self.masked_norm}
+        names = ("module", "dtype", "masked_norm", "frozen")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -72,7 +76,7 @@ class ConvExtractor:
         """Convert the weights again at the next call."""
         self._digest: tuple[list[Any], bytes] = ([], b"")
         self._layers: list[ConvLayer] = []
-        self._layers_of: tuple[torch.dtype, list[Tensor]] | None = None  # copies of the weights
+        self._layers_of: Any = None  # dtype, and versions or copies of the weights
 
     def __call__(self, waves: Tensor, lengths: Tensor) -> Tensor:
         """Compute features ``[batch, frame, channel]`` of waveforms ``[batch, sample]``, of which
@@ -138,30 +142,36 @@ class ConvExtractor:
         return dtype
 
     def _converted(self, dtype: torch.dtype) -> list[ConvLayer]:
-        """The layers; on a CPU, without gradients, they are kept until a weight changes.
+        """The layers; without gradients they are kept until a weight changes.
 
-        Values are compared, as torch's version counter misses changes by ``.data`` and of inference
-        tensors. On a GPU, a comparison would wait for it, and the conversion takes microseconds.
+        Values are compared, unless the extractor is frozen, as torch's version counter misses
+        changes by ``.data`` and of inference tensors. On a GPU a comparison would wait for it, and
+        the conversion takes microseconds.
         """
         blocks: Any = self.module.conv_layers
         weights = [*self.module.parameters()]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return read_layers(blocks, dtype)
-        if self._layers_of is None or not _equal(self._layers_of, (dtype, weights)):
-            on_cpu = all(weight.device.type == "cpu" for weight in weights)
+        current = dtype, [*map(_version, weights)] if self.frozen else weights
+        if self._layers_of is None or not _equal(self._layers_of, current):
             with torch.inference_mode(False), torch.no_grad():  # usable where gradients are needed
                 self._layers = read_layers(blocks, dtype, contiguous=True)
-                self._layers_of = (dtype, [w.clone() for w in weights]) if on_cpu else None
+                if self.frozen:
+                    self._layers_of = current
+                elif all(weight.device.type == "cpu" for weight in weights):
+                    self._layers_of = dtype, [weight.clone() for weight in weights]
         return self._layers
 
 
-def _equal(a: tuple[torch.dtype, list[Tensor]], b: tuple[torch.dtype, list[Tensor]]) -> bool:
-    """Whether both have the same type of the computation and equal weights."""
-    return (
-        a[0] == b[0]
-        and [(x.dtype, x.device) for x in a[1]] == [(y.dtype, y.device) for y in b[1]]
-        and all(map(torch.equal, a[1], b[1]))
-    )
+def _equal(a: tuple[torch.dtype, list[Any]], b: tuple[torch.dtype, list[Any]]) -> bool:
+    """Whether both have the same type of the computation, and equal weights or versions."""
+
+    def same(x: Any, y: Any) -> bool:
+        if not isinstance(x, Tensor):
+            return bool(x == y)
+        return (x.dtype, x.device) == (y.dtype, y.device) and torch.equal(x, y)
+
+    return a[0] == b[0] and all(map(same, a[1], b[1]))
 
 
 def _version(weight: Tensor) -> tuple[torch.device, int, int]:

@@ -278,7 +278,7 @@ def fast_encoders(
             )
             continue
         module = upstream.model.feature_extractor
-        extractor = ConvExtractor(module, PRECISIONS[precision], masked_norm)
+        extractor = ConvExtractor(module, PRECISIONS[precision], masked_norm, frozen=True)
         extractor = extractors.setdefault(extractor.digest(), extractor)
         encoders[name] = FastEncoder(upstream, extractor, compiled, name)
     if len(extractors) < len(encoders):
