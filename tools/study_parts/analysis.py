@@ -353,7 +353,7 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         *(
             Hypothesis(
                 term,
-                f"heads for {set_name(PLAIN)} and the {term} loss - heads",
+                f"heads for {set_name(PLAIN)} and the {term.removesuffix('s')} loss - heads",
                 (row(PLAIN, f"separate, {term}"), plain),
                 difference(mean(row(PLAIN, f"separate, {term}")), mean(plain)),
             )
