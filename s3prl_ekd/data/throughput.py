@@ -10,11 +10,10 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
 from ..errors import DataError
-from .audio_files import SAMPLE_RATE
+from .audio_files import SAMPLE_RATE, write_audio
 from .batch import Batch
 from .lengths import write_table
 from .loader import BatchLoader
@@ -32,7 +31,7 @@ def write_noise(folder: Path) -> DataSettings:
         samples = (4 + i / 4) * SAMPLE_RATE
         noise = np.convolve(rng.standard_normal(int(samples)), np.hanning(8), "same")
         syllables = np.abs(np.sin(2 * np.pi * 2 * np.arange(len(noise)) / SAMPLE_RATE))
-        soundfile.write(folder / f"{i}.flac", 0.05 * noise * syllables, SAMPLE_RATE)
+        write_audio(folder / f"{i}.flac", 0.05 * noise * syllables)
         rows.append(Utterance(f"{i}.flac", len(noise)))
     write_table(folder / "noise.csv", rows)
     return DataSettings(str(folder), str(folder), ("noise",), train_batch_size=8)

@@ -11,13 +11,12 @@ import random
 from importlib import resources
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
-from ..data.audio_files import find_audio
+from ..data.audio_files import encode_audio, find_audio
 from ..files.atomic import atomic_file, make_folder, write_text
 from .sentences import sentences
-from .voices import SAMPLE_RATE, make_voices, speak
+from .voices import make_voices, speak
 
 # Speaking rate and pitch of each mood. Each utterance deviates by up to the spread, so that
 # neighbouring moods overlap.
@@ -70,7 +69,7 @@ def _moods(out: Path, count: int, seed: int) -> list[str]:
         if not (out / name).is_file():
             wave = speak(text, voice, rate=rate, pitch=pitch)
             with atomic_file(out / name) as file:
-                soundfile.write(file, wave, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
+                file.write(encode_audio(wave, "flac"))
         speaker_name, _, mood = Path(name).stem.split("-")
         split = speaker_name.rstrip("0123456789")
         lines.append(f"{name}\t{speaker_name}\t{mood}\t{split}")
