@@ -6,7 +6,6 @@ Formats: FLAC, WAV, Ogg Vorbis, Opus, MP3. soundfile reads the headers, a few ki
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -52,24 +50,6 @@ _CHUNK = 64  # files in a thread's task; a task for each would cost more than re
 MAX_OVERSHOOT = SAMPLE_RATE // 2
 # libsndfile reports about 2**63 frames if the header has no length.
 UNKNOWN_FRAMES = 2**40
-
-
-def write_audio(path: Path, wave: np.ndarray) -> None:
-    """Write a waveform ``[sample]`` at 16 kHz in 16 bits, in the format of the suffix.
-
-    Raises OSError.
-    """
-    path.write_bytes(encode_audio(wave, path.suffix[1:]))
-
-
-def encode_audio(wave: np.ndarray, kind: str) -> bytes:
-    """The contents of an audio file, ``flac`` or ``wav``, of a waveform ``[sample]`` at 16 kHz.
-
-    Encoded in memory, because libsndfile reports a full disk as an unknown error or not at all.
-    """
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave, SAMPLE_RATE, subtype="PCM_16", format=kind)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

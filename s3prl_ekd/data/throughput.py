@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import DataError
-from .audio_files import SAMPLE_RATE, write_audio
+from .audio_files import SAMPLE_RATE
+from .audio_writer import write_audio
 from .batch import Batch
 from .lengths import write_table
 from .loader import BatchLoader

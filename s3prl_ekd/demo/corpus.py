@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..data.audio_files import is_hidden_or_system, write_audio
+from ..data.audio_files import is_hidden_or_system
+from ..data.audio_writer import write_audio
 from ..data.lengths import write_table
 from ..data.tables import Utterance
 from ..errors import DataError

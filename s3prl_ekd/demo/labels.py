@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.audio_files import encode_audio, find_audio
+from ..data.audio_files import find_audio
+from ..data.audio_writer import encode_audio
 from ..files.atomic import atomic_file, make_folder, write_text
 from .sentences import sentences
 from .voices import make_voices, speak

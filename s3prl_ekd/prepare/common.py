@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours, write_audio
+from ..data.audio_files import SAMPLE_RATE, AudioPart, total_hours
+from ..data.audio_writer import write_audio
 from ..data.lengths import MeasuredAudio, measure_audio
 from ..data.manifest import Manifest, ManifestEntry, read_manifest
 from ..errors import DataError

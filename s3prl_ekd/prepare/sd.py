@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.audio_files import SAMPLE_RATE, write_audio
+from ..data.audio_files import SAMPLE_RATE
+from ..data.audio_writer import write_audio
 from ..data.diarization_folder import (
     SpokenRecording,
     check_audio,
