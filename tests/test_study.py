@@ -210,7 +210,8 @@ def test_results_survive_being_written(tmp_path):
 def test_fewer_than_four_seeds_give_no_verdict():
     accuracy = {Row(EXPERTS).name: 56, "teacher phones+resemblyzer": 66}
     for seeds, shown in ((3, "fewer than 4 seeds"), (4, "> 0")):
-        text, _ = report(all_results(accuracy, seeds=range(1, seeds + 1)))
+        pages, _ = report(all_results(accuracy, seeds=range(1, seeds + 1)))
+        text = pages["study.md"]
         (line,) = (line for line in text.splitlines() if line.startswith("| H1 "))
         assert shown in line
 
@@ -243,18 +244,24 @@ def test_the_report_is_written_from_whatever_is_there(kept, tmp_path, capsys):
     }[kept]
     for r in chosen:
         write_result(r, tmp_path / f"results/{r.row.replace(', ', '-')}_{r.seed}.json")
-    (tmp_path / "study.md").write_text(f"# Title\n\n{BEGIN}\n{END}\n\n## By hand\n")
+    for page in ("study.md", "study_details.md"):
+        (tmp_path / page).write_text(f"# Title\n\n{BEGIN}\n{END}\n\n## By hand\n")
     argv = ["--report-only", "--results", str(tmp_path / "results"), "--docs", str(tmp_path)]
     assert study.main(argv) == 0
-    text = (tmp_path / "study.md").read_text()
-    assert text.endswith("## By hand\n") and "| hubert+sibling " in text
-    assert ("| H1 " in text) == (kept == "all")
+    text, tables = ((tmp_path / page).read_text() for page in ("study.md", "study_details.md"))
+    assert text.endswith("## By hand\n") and tables.endswith("## By hand\n")
+    assert "| hubert+sibling " in tables
+    assert ("| H1 " in text) == (kept == "all") == ("| H1 " in tables)
     assert (tmp_path / "study.png").exists() == (kept in ("all", "some rows"))
 
 
 def test_a_table_has_the_means_of_its_results():
-    text, _ = report(all_results({"hubert": 53.0}, noise=0))
-    (line,) = (line for line in text.splitlines() if line.startswith("| hubert ") and "±" in line)
+    pages, _ = report(all_results({"hubert": 53.0}, noise=0))
+    (line,) = (
+        line
+        for line in pages["study_details.md"].splitlines()
+        if line.startswith("| hubert ") and "±" in line
+    )
     assert [cell.strip() for cell in line.split("|")][2:4] == ["4", "53.0 ± 0.0"]
 
 

@@ -3,9 +3,9 @@
 Trains the missing teachers, probes teachers and sets of teachers, distils students of one size from
 single teachers and from sets of them, and probes the students in closed form. Each result is a
 small file in tools/study_results, so the same command goes on from what is there, also with more
-seeds. The report, in docs/study.md, is written from the results so far. SPEECH has unlabeled.tsv,
-pr.tsv, sid.tsv, er.tsv, alignments.tsv, the audio they list, and esc10/. Needs the extras units,
-plots and demo.
+seeds. The report, in docs/study.md and docs/study_details.md, is written from the results so far.
+SPEECH has unlabeled.tsv, pr.tsv, sid.tsv, er.tsv, alignments.tsv, the audio they list, and esc10/.
+Needs the extras units, plots and demo.
 
 example:
   python tools/study.py SPEECH -o study_run --seeds 1 2 --jobs 2 --minutes 160
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--results", metavar="DIR", type=Path, default=TOOLS / "study_results",
         help="folder of the results (study_results, next to this script)")  # fmt: skip
     add("--docs", metavar="DIR", type=Path, default=TOOLS.parent / "docs",
-        help="folder of study.md and the pictures (docs, next to tools)")  # fmt: skip
+        help="folder of study.md, study_details.md, pictures (docs, next to tools)")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[1, 2], help="seeds from 1 up (1 2)")
     add("--steps", type=int, default=3000, help="updates of a student (3000)")
     add("--teachers", nargs="+", choices=PROBED_TEACHERS, default=[*SINGLES], metavar="NAME",

@@ -1,4 +1,4 @@
-"""The report: tables and two pictures between the marks of docs/study.md."""
+"""The report: a table and two pictures in docs/study.md, more tables in docs/study_details.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.atomic import atomic_file
+from s3prl_ekd.files.text import read_text
 from s3prl_ekd.probe.measure import CLEAN
 from s3prl_ekd.superb.report_plots import COLOURS
 from s3prl_ekd.system.figures import new_figure, png
@@ -38,26 +40,26 @@ COLUMNS = (
 Tested = dict[str, tuple[Hypothesis, ContrastEstimate]]
 
 
-def report(results: Sequence[StudyResult]) -> tuple[str, dict[str, bytes]]:
-    """The report as Markdown, and its pictures by file name."""
+def report(results: Sequence[StudyResult]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """The Markdown between the marks of each page, and the pictures, both by file name."""
     scores = Scores(results)
     tested = estimate_hypotheses(scores)
-    parts, pictures = [_facts(results)], {}
+    contrasts, tables, pictures = [_facts(results)], [], {}
     if tested:
         pictures["study.headroom.png"] = _draw_headroom(scores)
         pictures["study.png"] = _draw_rows(scores)
-        parts += [
-            "### Contrasts",
+        contrasts += [
             _hypothesis_table(tested),
             "![gain over the best single teacher against headroom](study.headroom.png)",
             "![accuracy by row, with 95 % intervals of the difference to none](study.png)",
         ]
     if scores.students:
-        parts += ["### Students", _student_table(scores)]
-    parts += ["### Teachers", _teacher_table(scores)]
+        tables += ["## Students", _student_table(scores)]
+    tables += ["## Teachers", _teacher_table(scores)]
     if tested:
-        parts += ["### Power", _power(tested)]
-    return "\n\n".join(parts), pictures
+        tables += ["## Power", _power(tested)]
+    pages = {"study.md": contrasts, "study_details.md": tables}
+    return {name: "\n\n".join(parts) for name, parts in pages.items()}, pictures
 
 
 def _facts(results: Sequence[StudyResult]) -> str:
@@ -147,8 +149,8 @@ def _hypothesis_table(tested: Tested) -> str:
                 hypothesis.question,
                 str(len(e.by_seed)),
                 f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]",
-                f"{e.p:.3f}",
-                "" if p is None else f"{p:.3f}",
+                _probability(e.p),
+                "" if p is None else _probability(p),
                 ", ".join(verdict) or "–",
             ]
         )
@@ -157,6 +159,10 @@ def _hypothesis_table(tested: Tested) -> str:
         "corrected for their number (Holm), in both tests; H1b is per unit of headroom.\n\n"
         + markdown_table(table)
     )
+
+
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _power(tested: Tested) -> str:
@@ -226,22 +232,23 @@ def _draw_rows(scores: Scores) -> bytes:
 
 
 def write_report(results: Sequence[StudyResult], docs: Path) -> list[Path]:
-    """Write the text between the marks of ``docs``/study.md, and the pictures.
+    """Write the text between the marks of the pages in ``docs``, and the pictures.
 
     Raises:
-        SetupError: study.md has no marks.
+        SetupError: a page is missing or has no marks.
     """
     from marked_text import between
 
-    text, pictures = report(results)
-    page = docs / "study.md"
-    page.write_text(
-        between(page.read_text(encoding="utf-8"), BEGIN, END, text, page), encoding="utf-8"
-    )
-    for name, contents in pictures.items():
+    texts, pictures = report(results)
+    files = dict(pictures)
+    for name, text in texts.items():
+        page = docs / name
+        whole = between(read_text(page, "page", SetupError), BEGIN, END, text, page)
+        files[name] = whole.encode()
+    for name, contents in files.items():
         with atomic_file(docs / name) as file:
             file.write(contents)
-    return [page, *(docs / name for name in pictures)]
+    return [docs / name for name in files]
 
 
 BEGIN = "<!-- study: begin; written by tools/study.py, edit outside the two marks -->"
