@@ -162,7 +162,7 @@ def _hypothesis_table(tested: Tested) -> str:
 
 
 def _probability(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"{p:.3f}" if p >= 0.001 else "below 0.001"
 
 
 def _power(tested: Tested) -> str:
