@@ -125,6 +125,8 @@ def test_file_names(tmp_path, monkeypatch):
         collect_audio(["empty"])
     with pytest.raises(DataError, match=r"\bgone\b"):
         collect_audio([], [tmp_path / "gone"])
+    with pytest.raises(DataError, match="--audio-root"):
+        collect_audio(["a"], audio_root=tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match="binary.*UTF-8"):
         collect_audio([], [tmp_path / "binary"])

@@ -12,7 +12,7 @@ from s3prl_ekd import cli, compat
 from s3prl_ekd.data.audio_files import find_audio, read_header
 from s3prl_ekd.data.bad_audio import BadAudio
 from s3prl_ekd.data.lengths import write_length_tables, write_table
-from s3prl_ekd.data.tables import Utterance
+from s3prl_ekd.data.tables import Utterance, read_table
 from s3prl_ekd.errors import DataError
 
 from .conftest import error_of
@@ -143,6 +143,20 @@ def test_commas_quotes_and_newlines_in_names(tmp_path):
     assert list(table["file_path"]) == names[::-1]
     with open(tmp_path / "out/root.csv", newline="") as file:
         assert [row[1] for row in csv.reader(file)][1:] == names[::-1]
+
+
+def test_a_carriage_return_in_a_name_is_listed_and_the_table_stays_readable(tmp_path):
+    for name in ("a\rb.wav", "c.wav"):
+        write_noise(tmp_path / "root" / name, 100)
+    write_length_tables(tmp_path / "root", tmp_path / "out")
+    assert [row.path for row in read_table(tmp_path / "out/root.csv")] == ["c.wav"]
+    (line,) = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert line.startswith(r"a\rb.wav")
+
+
+def test_an_audio_root_without_a_manifest_is_an_error(corpus, tmp_path):
+    with pytest.raises(DataError, match="--audio-root"):
+        write_length_tables(corpus, tmp_path / "out", audio_root=corpus)
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path):

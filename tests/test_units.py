@@ -190,6 +190,14 @@ def test_a_table_needs_an_audio_root(config, corpus, tmp_path, capsys):
     assert "--audio-root" in capsys.readouterr().err
 
 
+def test_an_audio_root_beside_a_folder_is_an_error(config, corpus, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    folder = corpus / "audio"
+    with pytest.raises(SystemExit):
+        units_command(config, folder, "--audio-root", folder, "-o", tmp_path / "u")
+    assert "--audio-root" in capsys.readouterr().err
+
+
 def test_without_scikit_learn(config, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
     with pytest.raises(SystemExit):

@@ -36,12 +36,15 @@ def choose_audio(data: Path, audio_root: Path | None, count: int, seed: int = 0)
     """Choose up to ``count`` utterances of a folder or length table at random; return them sorted.
 
     Raises:
-        ConfigError: ``count`` is below 1, or ``audio_root`` is missing.
+        ConfigError: ``count`` is below 1, or ``audio_root`` is missing beside a table or given
+            beside a folder.
         DataError: there is no audio, or the table cannot be read.
     """
     if count < 1:
         raise ConfigError(f"--utterances must be at least 1, got {count}")
     if data.is_dir():
+        if audio_root is not None:
+            raise ConfigError(f"--data {data} is a folder: leave out --audio-root, or give a table")
         parts = {name: AudioPart(data / name) for name in find_audio(data)}
         if not parts:
             raise DataError(f"no audio below {data}")

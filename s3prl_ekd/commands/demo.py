@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="steps of a task (default: %(default)s); times 2 (PR), 0.5 (SID, ER), 1.1 (ASR)",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", default=[*DEFAULT_TASKS],
+        "--tasks", nargs="+", action="extend", metavar="TASK",
         help=f"tasks to evaluate: {' '.join(DEFAULT_TASKS)} (default: all four)",
     )  # fmt: skip
     parser.add_argument(
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from ..demo.run import Demo
     from ..downstream.tasks import choose_tasks
 
-    tasks = [task.name for task in choose_tasks(args.tasks, DEFAULT_TASKS)]
+    tasks = [task.name for task in choose_tasks(args.tasks or DEFAULT_TASKS, DEFAULT_TASKS)]
     folder = args.dir.resolve()
     Demo(folder, args.steps, args.downstream_steps, args.utterances, tasks).run()
     return 0

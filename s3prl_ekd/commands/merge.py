@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the student file to write, .pt or .safetensors",
     )  # fmt: skip
     add(
-        "--weights", metavar="W", type=float, nargs="+",
+        "--weights", metavar="W", type=float, nargs="+", action="extend",
         help="a weight for each CKPT, after the CKPTs; divided by their sum (default: equal)",
     )  # fmt: skip
     add(

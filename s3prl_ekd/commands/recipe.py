@@ -57,20 +57,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--g2p", action="store_true", help="predict the pronunciations that no lexicon has")
     add(
-        "--rows", metavar="ROW", nargs="+", default=DEFAULT_ROWS,
+        "--rows", metavar="ROW", nargs="+", action="extend",
         help="students to train (default: all of --list but dp_hubert)",
     )  # fmt: skip
     add(
         "--seeds",
         type=seed_number,
         nargs="+",
-        default=[1337],
+        action="extend",
         help="of distillations (default: 1337)",
     )
     add(
         "--tasks",
         metavar="TASK",
         nargs="+",
+        action="extend",
         help="any of pr sid er asr, or all (the default)",
     )
     add("--gpus", type=int, default=1, help="GPUs of one training, through torchrun (default: 1)")
@@ -168,8 +169,8 @@ def _options(args: argparse.Namespace, notes: list[str]) -> RecipeOptions:
         folder=args.output or Path(args.name),
         **paths,
         g2p=g2p,
-        rows=args.rows,
-        seeds=args.seeds,
+        rows=args.rows or DEFAULT_ROWS,
+        seeds=args.seeds or [1337],
         tasks=tasks,
         gpus=args.gpus,
         jobs=args.jobs,

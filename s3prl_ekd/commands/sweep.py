@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", metavar="MODEL.yaml", type=Path, nargs="+")
     parser.add_argument("-c", "--runner", metavar="RUNNER.yaml", type=Path, required=True)
     parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[1337], help="default: 1337"
+        "--seeds", type=seed_number, nargs="+", action="extend", help="default: 1337"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (default: 1)")
     parser.add_argument("-o", "--override", default="", help="-o of run_pretrain.py")
@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
     if not Path("pretrain/ekd").is_dir():
         raise SetupError("no pretrain/ekd in this folder; type: s3prl-ekd init .")
     names = [config.stem for config in args.configs]
-    if len(set(names)) < len(names) or len(set(args.seeds)) < len(args.seeds):
+    seeds = args.seeds or [1337]
+    if len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
         raise SetupError(
             "two configs have the same file name, or two seeds are equal; rename or remove one"
         )
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     runs = [
         SweepRun(config, args.runner, seed, args.override)
         for config in args.configs
-        for seed in args.seeds
+        for seed in seeds
     ]
     if args.csv:
         check_report(args.csv, "experiment,seeds,")  # before the runs, not hours later

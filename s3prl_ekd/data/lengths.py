@@ -151,7 +151,8 @@ def write_length_tables(
         jobs, bar: see :func:`read_headers`.
 
     Raises:
-        DataError: no such folder, no audio, an invalid manifest, or a table would have no rows.
+        DataError: no such folder, no audio, an invalid manifest, ``audio_root`` without a manifest,
+            or a table would have no rows.
     """
     sources, out = [sources] if isinstance(sources, (str, Path)) else list(sources), Path(out)
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
@@ -167,6 +168,8 @@ def write_length_tables(
             f"no such folder or manifest: {root}; give a folder of audio, a table (.tsv), a Kaldi "
             "folder or cuts (.jsonl.gz)"
         )
+    elif audio_root is not None:
+        raise DataError(f"--audio-root is for manifests, and {root} is a folder; leave it out")
     else:
         paths = find_audio(root)
         if not paths:
@@ -179,6 +182,8 @@ def write_length_tables(
     for part, audio in zip(parts, measure_audio(root, parts, jobs=jobs, bar=bar), strict=True):
         if isinstance(audio, DataError):
             skipped.append((str(part), str(audio)))
+        elif "\r" in str(part.path):  # csv does not quote it
+            skipped.append((str(part), "its name has a carriage return; rename the file"))
         else:
             samples[part] = audio.samples
     rows = {

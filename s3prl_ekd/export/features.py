@@ -45,9 +45,11 @@ def collect_audio(
         audio_root: of the manifests.
 
     Raises:
-        DataError: no audio files, a list or manifest that cannot be read, or two files with the
-            same key.
+        DataError: no audio files, a list or manifest that cannot be read, two files with the same
+            key, or ``audio_root`` without a manifest.
     """
+    if audio_root is not None and not any(map(is_manifest, paths)):
+        raise DataError("--audio-root is for manifests, and there is none; leave it out")
     audio: dict[str, AudioPart] = {}
 
     def add(key: str, part: AudioPart) -> None:

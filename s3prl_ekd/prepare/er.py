@@ -247,6 +247,7 @@ def _configure_er(parser: argparse.ArgumentParser) -> None:
         "--labels",
         metavar="NAME",
         nargs="+",
+        action="extend",
         help="the classes, in this order (default: all, sorted)",
     )
     parser.add_argument(
