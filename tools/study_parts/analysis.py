@@ -325,7 +325,7 @@ def hypotheses(scores: Scores) -> list[Hypothesis]:
         ),
         Hypothesis(
             "H5",
-            "average in a common basis (PHI-S, Procrustes) - average",
+            "average after PHI-S or Procrustes (mean of both) - average",
             (*common, average[0]),
             difference(mean(*common), mean(average[0])),
         ),

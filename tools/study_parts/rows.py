@@ -22,7 +22,7 @@ EXPERTS = ("phones", "resemblyzer")
 PLAIN = ("hubert", "wavlm", "robust")
 MIXED = ("hubert", "resemblyzer")
 SETS = (EXPERTS, PLAIN, MIXED)
-# Also probed; no student learns from these, see docs/study.md
+# Also probed; no student learns from these, see docs/study_details.md
 PROBED_SETS = (
     *SETS,
     ("hubert", "sibling"),
@@ -104,7 +104,7 @@ def rows() -> list[Row]:
     return result + [Row(teachers, start=START) for teachers in STARTED]
 
 
-BASES = ("phi_s", "procrustes")  # a common basis before averaging
+BASES = ("phi_s", "procrustes")  # PHI-S: one scale; Procrustes: one scale and a common basis
 TERMS = ("relation", "units")  # terms of the loss beside that of the heads
 START = "hubert"  # of the students that do not start from random weights
 STARTED = ((), ("hubert",), ("robust",), PLAIN)  # what they learn from
