@@ -26,7 +26,7 @@ import yaml
 from s3prl_ekd.essence.units import Units, save_units
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.launch import run_pretrain
-from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.workspace import write_workspace
 
 from .conftest import STUDENT

@@ -3,7 +3,7 @@
 import pytest
 from tensorboardX import SummaryWriter
 
-from s3prl_ekd.pretrain.tensorboard import plot_run, read_scalars, teacher_curves
+from s3prl_ekd.pretrain.curves import plot_run, read_scalars, teacher_curves
 
 
 def test_scalars_are_read_by_step(tmp_path):

@@ -21,9 +21,9 @@ from s3prl_ekd.data.batches import DistillationDataset, ignore_stop_signals
 from s3prl_ekd.data.loader import BatchLoader, kill_workers_on_error
 from s3prl_ekd.distill.distiller import EnsembleDistiller
 from s3prl_ekd.errors import ConfigError, SetupError
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.interrupts import StoppedWaiting, StopSignals, explain_worker_errors
 from s3prl_ekd.pretrain.settings import check_runner_config
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import dev_loss
 
 from .cache_cases import cache

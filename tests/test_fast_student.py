@@ -10,8 +10,8 @@ import torch
 from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.files.config import from_plain_data
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.optim import fused_adamw, warmup_schedule
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .conftest import NO_DROPOUT, STUDENT, edit_yaml, saved_states
 

@@ -17,9 +17,9 @@ from s3prl_ekd.data.sampling import EpochSampler, FixedOrderSampler
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.pretrain.checkpoints import Progress
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.distributed import ProcessGroup, join_process_group, mean_records
 from s3prl_ekd.pretrain.interrupts import StoppedDevLoss, StopSignals
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
 
 from .conftest import NO_DROPOUT, edit_yaml, write_configs

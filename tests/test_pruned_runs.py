@@ -21,9 +21,9 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import UNITS, GateSettings, PrunedSettings
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.essence.units import Units, save_units
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.distributed import distiller_batch, empty_step, has_unused_layers
 from s3prl_ekd.pretrain.optim import fused_adamw
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.student_file import load_student, write_student
 

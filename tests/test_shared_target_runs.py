@@ -19,11 +19,11 @@ from s3prl_ekd.errors import ConfigError
 from s3prl_ekd.essence.units import Units, load_units, save_units, upstream_digest
 from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.files.config_diff import config_differences, describe_changes
+from s3prl_ekd.pretrain.curves import read_scalars, teacher_curves
 from s3prl_ekd.pretrain.distributed import distiller_batch, has_unused_layers
 from s3prl_ekd.pretrain.expert import UpstreamPretrainExpert
 from s3prl_ekd.pretrain.settings import load_model_config
 from s3prl_ekd.pretrain.sweep import SweepRun
-from s3prl_ekd.pretrain.tensorboard import read_scalars, teacher_curves
 from s3prl_ekd.pretrain.trainer import Trainer
 from s3prl_ekd.student_file import load_student
 from s3prl_ekd.teachers.load import load_upstream

@@ -11,8 +11,8 @@ import pytest
 
 from s3prl_ekd.errors import SetupError
 from s3prl_ekd.pretrain import sweep
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.sweep import SweepResult, SweepRun, results_table, run_sweep
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.jobs import Jobs
 from s3prl_ekd.system.tables import markdown_table
 

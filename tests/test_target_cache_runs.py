@@ -23,8 +23,8 @@ from s3prl_ekd.errors import DataError
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint, read_checkpoint
 from s3prl_ekd.hidden_states.store import RECORD, TargetReader, read_index
 from s3prl_ekd.launch import run_pretrain
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.target_cache import build
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 
 from .cache_cases import adapter, cache, configs, files
 from .conftest import STUDENT, data_settings, edit_yaml

@@ -28,8 +28,8 @@ from s3prl_ekd import compat
 from s3prl_ekd.data.lengths import write_table
 from s3prl_ekd.data.tables import Utterance
 from s3prl_ekd.files.atomic import write_text
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.settings import load_model_config
-from s3prl_ekd.pretrain.tensorboard import read_scalars
 from s3prl_ekd.system.tables import markdown_table
 from s3prl_ekd.teachers import load_teachers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..downstream.tasks import COLUMNS
 from ..errors import SetupError
 from ..files.run_checkpoints import newest_step
-from ..pretrain.tensorboard import plot_run, read_scalars, teacher_curves
+from ..pretrain.curves import plot_run, read_scalars, teacher_curves
 from ..superb.report import Difference, Report, make_report
 from ..superb.report_text import with_interval
 from ..superb.results import CLEAN, read_results

@@ -24,8 +24,8 @@ from ..files.text import read_json
 from ..request import PretrainRequest
 from ..system.jobs import Jobs
 from .config_diff import changed_sources, source_digests, table_digests
+from .curves import read_scalars, teacher_curves
 from .settings import load_model_config, load_runner_config
-from .tensorboard import read_scalars, teacher_curves
 
 # (section, key, default) of model settings that version 0.1 lacks
 _SINCE_0_1: tuple[tuple[str, str, Any], ...] = (

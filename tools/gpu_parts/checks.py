@@ -19,7 +19,7 @@ import yaml
 
 from s3prl_ekd.demo.corpus import make_corpus
 from s3prl_ekd.errors import EkdError
-from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.system.precision import automatic_precision
 from s3prl_ekd.workspace import write_workspace
 
