@@ -647,6 +647,38 @@ def test_a_warmup_beside_a_scheduler(tmp_path):
     check_runner_config(config, "a checkpoint of an earlier version")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "ignored"),
+    [
+        ({"name": "Adam", "warmup_proportion": 0.1}, "warmup_proportion"),
+        ({"name": "AdamW", "betas": [0.9, 0.98], "weight_decay": 0.1}, "betas, weight_decay"),
+        ({"name": "BertAdam_with_schedule", "eps": 1e-6, "warmup_proportion": 0.1}, "eps"),
+        ({"name": "AdamW_with_schedule", "betas": [0.9, 0.98], "warmup_proportion": 0.1}, None),
+    ],
+)
+def test_arguments_that_s3prls_optimizer_ignores(tmp_path, optimizer, ignored):
+    """A new run does not begin with them; the optimizer is the same with other values."""
+    file, config = tmp_path / "runner.yaml", {**RUNNER, "optimizer": {**optimizer, "lr": 1e-3}}
+    file.write_text(yaml.safe_dump(config))
+    check_runner_config(config, "a checkpoint of an earlier version")
+    if ignored is None:
+        load_runner_config(file)
+        return
+    with pytest.raises(ConfigError, match=rf"{optimizer['name']} ignores {ignored};"):
+        load_runner_config(file)
+    import torch
+    from s3prl.optimizers import get_optimizer
+
+    module = torch.nn.Linear(2, 2)
+    plain = get_optimizer([module], 10, {"name": optimizer["name"], "lr": 1e-3})
+    other = get_optimizer([module], 10, {**optimizer, "warmup_proportion": 0.07, "lr": 1e-3})
+    for first, second in zip(plain.param_groups, other.param_groups, strict=True):
+        numbers = [
+            {k: v for k, v in g.items() if k not in ("params", "schedule")} for g in (first, second)
+        ]
+        assert numbers[0] == numbers[1]
+
+
 # Keys of version 0.1: the same settings, and one warning for each.
 
 OLD_MODEL = {

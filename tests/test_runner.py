@@ -1,5 +1,6 @@
 """The trainer: the same numbers as s3prl's Runner; signals, errors and checkpoints."""
 
+import argparse
 import copy
 import math
 import os
@@ -22,10 +23,11 @@ from s3prl_ekd.files.config import to_plain_data
 from s3prl_ekd.files.run_checkpoints import newest_checkpoint
 from s3prl_ekd.pretrain import interrupts as signals
 from s3prl_ekd.pretrain.checkpoints import Progress
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.pretrain.distributed import ProcessGroup
 from s3prl_ekd.pretrain.optim import OptimizerStep, add_to_s3prl, not_finite_error
 from s3prl_ekd.pretrain.settings import load_model_config, load_runner_config
-from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.trainer import resume_command
 from s3prl_ekd.system.random_states import random_states, set_random_states
 from s3prl_ekd.workspace import write_workspace
 
@@ -328,6 +330,35 @@ def test_out_of_memory_names_the_size_of_the_batch(pretrain_with, monkeypatch, e
         saved_states("x")["Step"] == 2
         and newest_checkpoint("result/pretrain/x").name == "last.ckpt"
     )
+
+
+def test_out_of_memory_on_the_dev_set(pretrain_with, pretrain_folder, corpus, monkeypatch):
+    """The step before is saved, and the message is that of a training step."""
+    rows = (corpus / "tables/train.csv").read_text().splitlines()
+    for name in ("train", "dev"):
+        (pretrain_folder / f"{name}.csv").write_text("\n".join(rows[:4]) + "\n")
+    forward = EnsembleDistiller.forward
+
+    def without_memory(self, *args, **kwargs):
+        if not self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(EnsembleDistiller, "forward", without_memory)
+    tables = f"config.pretrain_expert.datarc.file_path='{pretrain_folder}'"
+    code, output = pretrain_with("x", "-o", tables, dev_sets=["dev"], eval_step=2)
+    assert code == 2 and "Traceback" not in output
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "train_batch_size" in error and "run_pretrain.py -u ekd -n x -a" in error
+    assert saved_states("x")["Step"] == 2
+
+
+def test_a_run_of_several_processes_is_resumed_by_torchrun():
+    args = argparse.Namespace(expname="x", expdir="result/pretrain/x", upstream="ekd")
+    assert resume_command(args) == "run_pretrain.py -u ekd -n x -a"
+    words = resume_command(args, processes=8).split()
+    assert words[0] == "torchrun" and "--nproc_per_node=8" in words
+    assert words[-6:] == ["run_pretrain.py", "-u", "ekd", "-n", "x", "-a"]
 
 
 def test_other_errors_save_the_last_step(pretrain_with, monkeypatch):

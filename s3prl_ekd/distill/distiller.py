@@ -12,7 +12,7 @@ from ..errors import TeacherError
 from .aggregation import Targets, build_aggregation, one_width
 from .batch import DistillBatch
 from .conv_extractor import Shared
-from .frame_counts import FrameCounts, count_frames
+from .frame_counts import FrameCounts, count_frames, divide
 from .heads import PredictionHeads, check_layers
 from .losses import (
     Comparison,
@@ -205,14 +205,16 @@ class EnsembleDistiller(nn.Module):
             step=step,
             counts=counts,
         )
-        weights = self.loss_weights(comparison)  # of frames, target sets, dimensions
-        loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
-        # not 0 * loss, which is NaN for a loss that is not finite
-        loss = self.settings.loss.weight * loss if self.settings.loss.weight else loss.new_zeros(())
+        loss: Tensor = mask.new_zeros(())
+        logs: Logs = {}
+        if self.settings.loss.weight:  # else the heads are not trained
+            weights = self.loss_weights(comparison)  # of frames, target sets, dimensions
+            loss, logs = distillation_loss(predictions, targets, weights, self.settings.loss)
+            loss = self.settings.loss.weight * loss
+            logs |= weights.logs
         for term in self.terms:  # unit loss, relation, feature penalty, sparsity
             value, scalars = term(comparison)
             loss, logs = loss + value, logs | scalars
-        logs |= weights.logs
         return loss, logs | self.details(comparison) if detail else logs
 
     def run_teachers(
@@ -297,8 +299,13 @@ class EnsembleDistiller(nn.Module):
 
     @torch.no_grad()
     def details(self, comparison: Comparison) -> Logs:
-        """Scalars for the log: loss terms of each teacher and layer, under any aggregation."""
+        """Scalars for the log: distances to each teacher's layers, under any aggregation.
+
+        They are of all dimensions, also of teachers that are dropped in this step.
+        """
         logs: Logs = {} if self.target_norm is None else self.target_norm.left_out()
+        if not self.settings.loss.weight:
+            return logs
         loss, mask = self.settings.loss, self._frame_weights(comparison)
         count = comparison.counts and comparison.counts.distilled
         predictions = self.aggregate.per_teacher(comparison.predictions)
@@ -306,7 +313,9 @@ class EnsembleDistiller(nn.Module):
             reconstruction, cosine = distillation_terms(
                 predictions[name], target, mask, loss, count=count
             )
-            size = target.abs().mean((0, 2, 3))  # [layer]
+            inside = comparison.mask[:, None]  # [batch, 1, frame], without padding
+            total = (target.abs().mean(-1) * inside).sum((0, 2))  # [layer]
+            size = divide(total, count if count is not None and loss.mask_padding else inside.sum())
             for i, label in enumerate(self.teachers[name].labels):
                 logs[f"{name}/{loss.reconstruction}_{label}"] = reconstruction[i]
                 logs[f"{name}/cosine_{label}"] = cosine[i]

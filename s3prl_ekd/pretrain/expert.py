@@ -34,7 +34,6 @@ from ..distill.student_settings import (  # noqa: E402
     StudentSettings,
 )
 from ..files.config import to_plain_data  # noqa: E402
-from ..files.config_diff import config_differences, describe_changes  # noqa: E402
 from ..files.weights_digest import weights_digest  # noqa: E402
 from ..student_file import (  # noqa: E402
     RUN_KEY,
@@ -424,8 +423,9 @@ class UpstreamPretrainExpert(nn.Module):
             about["pruned"] = self._pruned
         if isinstance(self._initial_weights, str):
             about["initial_weights"] = self._initial_weights
+        heads = self.distiller.heads if self.settings.loss.weight else None  # else not trained
         all_states[RUN_KEY] = contents(
-            self.distiller.student, self.distiller.heads, self.distiller.aggregate.specs, about
+            self.distiller.student, heads, self.distiller.aggregate.specs, about
         )
         all_states["Upstream_Config"] = to_plain_data(self.settings)
         for key, part in self._optional_parts().items():
@@ -443,8 +443,11 @@ class UpstreamPretrainExpert(nn.Module):
         try:
             saved = all_states[RUN_KEY]
             student = architecture(read_architecture(saved["settings"], "the checkpoint's student"))
-            sizes = config_differences(student, architecture(self.distiller.student.settings))
-            if sizes:
+            own = architecture(self.distiller.student.settings)
+            if student != own:
+                from ..files.config_diff import config_differences, describe_changes
+
+                sizes = config_differences(student, own)
                 if isinstance(self.settings.student, FileSettings):
                     raise CheckpointError(
                         f"student.file {self.settings.student.file} has changed since this run "
@@ -456,7 +459,8 @@ class UpstreamPretrainExpert(nn.Module):
                     "another name"
                 )
             self.distiller.student.load_state_dict(saved["student"])
-            self.distiller.heads.load_state_dict(saved["heads"])
+            if self.settings.loss.weight:
+                self.distiller.heads.load_state_dict(saved["heads"])
             # absent in runs of version 0.1, whose teachers may have changed since
             self._initial_weights = saved["about"].get("initial_weights")
             for key, part in self._optional_parts().items():

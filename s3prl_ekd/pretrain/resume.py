@@ -21,7 +21,7 @@ from .expert import UpstreamPretrainExpert
 logger = logging.getLogger(__name__)
 
 SHAR_STREAMS = f"{DATA}.shar_streams"  # another order of as many batches
-DEV_KEYS = ("sequence_length", "max_timestep")  # which the dev loss depends on
+DEV_KEYS = ("sequence_length", "max_timestep", "target_cache")  # which the dev loss depends on
 
 
 def resumed_progress(

@@ -40,7 +40,7 @@ def check(request: PretrainRequest, states: Mapping[str, Any]) -> None:
     logger.info("resuming from %s at step %s", path, states["Step"])
     config = saved_runner_config(states["Config"])
     saved = check_runner_config(config, f"the config in {path}")
-    config = apply_overrides(config, text) if text else config
+    config = apply_overrides(config, text)
     current = to_plain_data(check_runner_config(config, f"the config in {path} with -o"))
     changes = config_differences(to_plain_data(saved), current)
     check_changes(changes, path)

@@ -123,8 +123,7 @@ def check_other_upstream(request: PretrainRequest, states: Mapping[str, Any]) ->
     for path in filter(None, (request.upstream_config, request.config)):
         config = read_yaml(path)
     config = states.get("Config", config)
-    if request.override:
-        config = apply_overrides(config, request.override)
+    config = apply_overrides(config, request.override)
     reject_code(config, str(request.past_exp or request.config))
 
 
@@ -156,11 +155,18 @@ def check_resumed_config(request: PretrainRequest, states: Mapping[str, Any]) ->
         check(request, states)
 
 
+def check_training_device(request: PretrainRequest, states: Mapping[str, Any]) -> None:
+    """Check ``--device``: MPS has no float64, in which parts of a training are computed."""
+    check_device(request, states)
+    if request.is_ekd and request.device == "mps":
+        raise SetupError("--device mps: training needs float64, which MPS lacks; use --device cpu")
+
+
 OPTION_CHECKS = (check_workspace, check_single_process)
 RUN_CHECKS = (
     check_settings,
     check_seed,
-    check_device,
+    check_training_device,
     check_output_folder,
     check_resumed_config,
 )

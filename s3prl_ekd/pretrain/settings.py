@@ -141,6 +141,14 @@ class RunSettings:
                 )
 
 
+# What these optimizers of s3prl use; they ignore all other arguments.
+USED_KEYS = {
+    "Adam": {"lr"},
+    "AdamW": {"lr"},
+    "BertAdam_with_schedule": {"lr", "warmup_proportion"},
+}
+
+
 @dataclass(frozen=True)
 class ExpertSettings:
     """Settings of the pretrain expert."""
@@ -157,8 +165,10 @@ class RunnerFile:
     """The training run."""
 
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """``name``, ``lr`` and the arguments of the optimizer: one of s3prl's, to which they are passed
-    unchanged, or ``FusedAdamW`` (ours: torch's fused AdamW with a linear warm-up and decay)."""
+    """``name``, ``lr`` and the arguments of the optimizer: one of s3prl's, or ``FusedAdamW`` (ours:
+    torch's fused AdamW with a linear warm-up and decay). s3prl's ``Adam`` and ``AdamW`` use ``lr``
+    alone, ``BertAdam_with_schedule`` also ``warmup_proportion``; others are an error. Its
+    ``*_with_schedule`` ignore ``weight_decay``: always 0.01 on weights and 0 on biases."""
 
     pretrain_expert: ExpertSettings = field(kw_only=True)
     """Settings of the pretrain expert."""
@@ -300,6 +310,13 @@ def load_runner_config(path: str | Path, overrides: str | None = None) -> Runner
     if overrides:
         data = apply_overrides(data, rename_overrides(overrides))
     settings = check_runner_config(data, str(path))
+    name = settings.optimizer["name"]
+    ignored = settings.optimizer.keys() - {"name"} - USED_KEYS.get(name, settings.optimizer.keys())
+    if ignored:  # not an error in a checkpoint, whose run began so
+        raise ConfigError(
+            f"{path}: optimizer: s3prl's {name} ignores {', '.join(sorted(ignored))}; remove what "
+            f"is ignored, or use {FUSED_ADAMW}"
+        )
     if settings.scheduler and "warmup_proportion" in settings.optimizer:
         if settings.optimizer["name"] == FUSED_ADAMW:  # earlier checkpoints may have both
             raise ConfigError(

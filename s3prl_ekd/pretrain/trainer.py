@@ -34,6 +34,7 @@ from ..files.config import to_plain_data
 from ..files.renamed_keys import RUNNER, rename_keys
 from ..files.run_checkpoints import LAST_CHECKPOINT, read_checkpoint
 from ..request import PretrainRequest
+from ..system import torchrun
 from ..system.precision import allow_tf32, choose_training_precision
 from ..system.random_states import preserve_random_states, random_states
 from .bad_audio import BadAudioList, as_tensor
@@ -121,13 +122,15 @@ class Trainer:
         self.settings = dataclasses.replace(run, precision=precision)
         logger.info("precision: %s (%s)", precision, reason)
         allow_tf32(self.device, precision != "float32")
-        self.hint = f"resume with: {resume_command(args)}"
+        self.hint = f"resume with: {resume_command(args, self.processes.world_size)}"
         self.checkpoints = CheckpointManager(args.expdir, self.settings.max_keep, self.hint)
 
         checkpoint = read_checkpoint(args.init_ckpt) if args.init_ckpt else {}
         path = str(args.init_ckpt)
         self.init_ckpt = checkpoint
+        model_config = args.upstream_config  # s3prl replaces the path by the checkpoint's config
         self.upstream: UpstreamPretrainExpert = s3prl_runner._get_upstream(self)
+        args.upstream_config = model_config
         self.upstream.prepare(self.settings)
         self.progress = new_progress(self.upstream)
         if checkpoint:
@@ -332,7 +335,8 @@ class Trainer:
                 explain_out_of_memory(step, batch, self.device, self.hint),
             ):
                 with self.autocast:
-                    data, detail = distiller_batch(batch, self.device), step % run.log_step == 0
+                    data = distiller_batch(batch, self.device)
+                    detail = step % run.log_step == 0 or step == run.total_steps
                     loss, logs = self.distiller(data, step=step, detail=detail, counts=counts)
                 self.optimizer_step.backward(scale * loss, batch)
             if batch.names:
@@ -482,7 +486,8 @@ class Trainer:
         progress = self.progress
         try:
             with self.autocast:
-                sums = dev_loss(self.upstream, self.dev_batches(), progress.step, self.device)
+                batches = self.dev_batches()
+                sums = dev_loss(self.upstream, batches, progress.step, self.device, self.hint)
         except StoppedDevLoss:
             return
         self.bad_audio.commit()
@@ -668,20 +673,26 @@ def new_progress(upstream: UpstreamPretrainExpert) -> Progress:
 
 @torch.no_grad()
 def dev_loss(
-    upstream: UpstreamPretrainExpert, batches: Iterable[Batch], step: int, device: str
+    upstream: UpstreamPretrainExpert,
+    batches: Iterable[Batch],
+    step: int,
+    device: str,
+    hint: str = "",
 ) -> tuple[float, float]:
     """Sum the loss over the dev batches, each weighted by its number of samples.
 
     There is no dropout, and excerpts and distortions are the same at every call. The random states
     and running statistics of training do not change. ``upstream`` is in train mode afterwards;
-    teacher weights may depend on ``step``. Returns the sum, and the sum of the weights.
+    teacher weights may depend on ``step``. Returns the sum, and the sum of the weights. ``hint``
+    ends the message if there is too little memory.
     """
     total = samples = 0.0
     upstream.eval()
     try:
         with preserve_random_states(device):
             for batch in batches:
-                loss, _ = upstream.distiller(distiller_batch(batch, device), step=step)
+                with explain_out_of_memory(step, batch, device, hint):
+                    loss, _ = upstream.distiller(distiller_batch(batch, device), step=step)
                 weight = float(batch.lengths.sum())
                 total += loss.item() * weight
                 samples += weight
@@ -690,12 +701,13 @@ def dev_loss(
     return total, samples
 
 
-def resume_command(args: argparse.Namespace) -> str:
-    """The command that resumes a run, from its arguments."""
+def resume_command(args: argparse.Namespace, processes: int = 1) -> str:
+    """The command that resumes a run, from its arguments and number of processes."""
     name, folder = str(args.expname), str(args.expdir)
     default = f"{PretrainRequest.ROOT}/{name}"
-    option = f"-n {shlex.quote(name)}" if folder == default else f"-p {shlex.quote(folder)}"
-    return f"run_pretrain.py -u {args.upstream} {option} -a"
+    option = ["-n", name] if folder == default else ["-p", folder]
+    argv = ["run_pretrain.py", "-u", args.upstream, *option, "-a"]
+    return shlex.join(torchrun.torchrun_command(argv, processes))
 
 
 def write_configs(args: argparse.Namespace, model: ModelFile, runner: dict[str, Any]) -> None:

@@ -39,10 +39,11 @@ def copy_teacher(
     try:
         settings = _settings(model, weights, normalize, copy, pruning)
         check_size(settings)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        problem = str(error).strip().splitlines()[0]
+    else:
         student = Student(settings, start_drop=pruning.start_drop if pruning else None)
         problem = _load(student, weights)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        problem = str(error).strip().splitlines()[0]
     if problem:
         raise TeacherError(
             f"{where}: the teacher does not have the layout of HuBERT, wav2vec 2.0 or WavLM "
