@@ -19,11 +19,11 @@ from s3prl_ekd.distill.student import Student
 from s3prl_ekd.distill.student_settings import StudentSettings
 from s3prl_ekd.downstream.metrics.error_counts import count_errors
 from s3prl_ekd.downstream.metrics.predictions import read_pairs
-from s3prl_ekd.errors import CheckpointError
+from s3prl_ekd.errors import CheckpointError, EkdError
 from s3prl_ekd.files.run_checkpoints import read_checkpoint
 from s3prl_ekd.prepare.asr import TranscribedUtterance, write_librispeech
 from s3prl_ekd.prepare.common import PreparedAudio
-from s3prl_ekd.pretrain.tensorboard import read_scalars
+from s3prl_ekd.pretrain.curves import read_scalars
 from s3prl_ekd.student_file import contents
 from s3prl_ekd.workspace import write_workspace
 
@@ -305,6 +305,20 @@ def changed_checkpoint(workspace, change):
     change(saved)
     torch.save(saved, workspace / "changed.ckpt")
     return str(workspace / "changed.ckpt")
+
+
+@pytest.mark.parametrize("source", ["folder", "org/name", f"org/name@{'0' * 40}"])
+def test_a_teacher_on_an_upstream_that_is_no_file(workspace, source, monkeypatch):
+    """A Hugging Face folder, or an id of the Hub: what fails comes later, as neither is a model."""
+    from s3prl_ekd.essence.asr import load_asr_teacher
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    launch.import_script("run_downstream")
+    (workspace / "folder").mkdir(exist_ok=True)
+    path = changed_checkpoint(workspace, lambda s: setattr(s["Args"], "upstream_ckpt", source))
+    with pytest.raises(EkdError) as error:
+        load_asr_teacher(path)
+    assert "start from the folder" not in str(error.value)
 
 
 @pytest.mark.parametrize(

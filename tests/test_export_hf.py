@@ -295,6 +295,8 @@ def test_folder_and_card(write, tmp_path, capsys):
     assert how_made({"data": data}) == "- data: a, b (batches of at most 24 utterances)"
     for invalid in (None, 3, {"sets": "a"}, {"sets": [], "train_batch_size": 3}, {"sets": ["a"]}):
         assert how_made({"data": invalid}) == empty
+    for average in (3, [1], "hubert"):  # a damaged file
+        assert "first weights: " in how_made({"config": {"init": {"average": average}}})
 
     error = error_of(capsys, *argv)  # the folder exists
     assert "--force" in error and str(out) in error

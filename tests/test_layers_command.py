@@ -330,6 +330,16 @@ def test_teachers_inspect(run, tmp_path):
     assert (tmp_path / "report/cka.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["cka.csv", "cka.png", "layers.csv"])
+def test_teachers_inspect_replaces_only_its_own_files(run, tmp_path, capsys, name):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / name).write_text(",mine")
+    with pytest.raises(SystemExit) as stop:
+        run("teachers", "inspect", "model.yaml", "-o", "notes")
+    assert stop.value.code == 2 and f"notes/{name}" in capsys.readouterr().err
+    assert (tmp_path / "notes" / name).read_text() == ",mine"
+
+
 def test_teachers_list(run):
     output = run("teachers", "list")
     for name in ("hubert_base_robust_mgr", "wavlm_base_plus", "ekd_student", "data2vec-audio"):

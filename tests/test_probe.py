@@ -23,6 +23,7 @@ from s3prl_ekd.probe.measure import ProbeScore, probe
 from s3prl_ekd.probe.report import accuracy_interval, difference_interval, table
 from s3prl_ekd.probe.tasks import ALWAYS_TRAIN, ProbeExcerpt, ProbeTask, choose_tasks
 
+from .conftest import error_of
 from .corpora import write_audio, write_labelled_tones
 
 STRIDE = 320
@@ -253,6 +254,14 @@ def test_of_long_corpora_evenly_spaced_utterances_are_used_for_phones(corpus, mo
     task = choose_tasks(read_labels(corpus / "labels.tsv"), notes.append)[0]
     names = [excerpt.utterance.path.name for excerpt in task.excerpts]
     assert len(names) == 12 and len({name[:2] for name in names}) == 4 and notes
+
+
+@pytest.mark.parametrize("name", ["probe.md", "probe.json", "layers.png"])
+def test_the_command_replaces_only_its_own_files(corpus, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    argv = ["probe", "fbank", "--data", str(corpus / "labels.tsv"), "-o", str(tmp_path)]
+    assert str(tmp_path / name) in error_of(capsys, *argv)
+    assert (tmp_path / name).read_text() == "{}"
 
 
 def test_the_command_prints_a_table_and_writes_a_picture(corpus, teachers, tmp_path, capsys):

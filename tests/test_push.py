@@ -163,6 +163,16 @@ def test_a_dry_run_uploads_nothing(student, hub, tmp_path, capsys, offline):
     assert list(tmp_path.iterdir()) == [tmp_path / "student.pt"]
 
 
+def test_results_under_two_names_are_not_mixed_up(student, hub, capsys):
+    """The same file may have been evaluated with two recipes."""
+    write_results(student)
+    digest = parse_upstream(str(student)).digest
+    write_run(Path("result/superb"), "again", "asr", {"1": ("A", "B")}, model=digest)
+    argv = ("push", str(student), "me/s", "--dry-run", "--results", "result/superb")
+    error = error_of(capsys, *argv)
+    assert "again" in error and "mine" in error
+
+
 def test_results_of_another_file_are_not_taken(student, hub, capsys):
     write_results(student)
     loaded = s3prl_ekd.load_student(student)

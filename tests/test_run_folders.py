@@ -293,6 +293,34 @@ def test_options_that_differ_from_the_checkpoint(
     assert contents(workspace / "result") == before
 
 
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_misspelled_override_of_a_checkpoint(downstream, workspace, capfd, mode):
+    resume = ("-m", "train", "-n", "x", "-a")
+    if mode == "evaluate":
+        resume = (*EVALUATE, "-e", CHECKPOINT)
+    with pytest.raises(SystemExit) as raised:
+        downstream(*resume, "-o", "config.runner.totl_steps=12")
+    assert raised.value.code == 2 and "did you mean total_steps" in capfd.readouterr().err
+
+
+def test_resuming_with_another_number_of_processes(downstream, workspace, capfd):
+    states = read_checkpoint(CHECKPOINT)
+    states["WorldSize"] = 4  # by torchrun
+    torch.save(states, "many.ckpt")
+    with pytest.raises(SystemExit) as raised:
+        downstream("-m", "train", "-e", "many.ckpt")
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert raised.value.code == 2 and "torchrun --nproc_per_node 4" in error
+    assert downstream(*EVALUATE, "-e", "many.ckpt") == 0
+
+
+def test_a_layer_of_an_upstream_without_layers(downstream, workspace, capfd):
+    """s3prl ignores the layer."""
+    with pytest.raises(SystemExit) as raised:
+        downstream(*NEW, "-n", "layers", "-l", "7", "-o", STEPS)
+    assert raised.value.code == 2 and "-l 7: " in capfd.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("in_file", "same"), [({"frame_shift": None}, True), ({}, True),
                                                ({"frame_shift": 160}, False)])  # fmt: skip
 def test_the_frame_shift_that_s3prl_sets(tmp_path, in_file, same):

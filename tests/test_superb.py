@@ -126,9 +126,9 @@ def test_tasks_have_the_order_of_superb():
 
 def test_learning_rates_of_a_search(in_superb_workspace, tmp_path):
     runs = plan_runs(tmp_path, "fbank", lr=["search"])
-    # the recipes' own rates are 3e-3 and 1e-3
-    assert [r.lr for r in runs if r.task.name == "sid"] == pytest.approx([3e-4, 3e-3, 3e-2])
-    assert sorted({r.lr for r in runs if r.task.name == "er"}) == pytest.approx([1e-4, 1e-3, 1e-2])
+    # the recipes' own rates are 3e-3 and 1e-3; exact, so that --lr can name them in a later command
+    assert [r.lr for r in runs if r.task.name == "sid"] == [3e-4, 3e-3, 3e-2]
+    assert sorted({r.lr for r in runs if r.task.name == "er"}) == [1e-4, 1e-3, 1e-2]
     full = "sid=config.downstream_expert.datarc.file_path='data/sid/audio',,"
     full += "config.downstream_expert.datarc.meta_data='data/sid/split.txt'"
     runs = plan_runs(
@@ -426,6 +426,18 @@ def test_dry_run_prints_the_commands(in_superb_workspace, tmp_path, capsys):
     assert test[-1].endswith("lr0.003-seed1337/dev-best.ckpt")
 
 
+def test_dry_run_takes_the_folders_that_a_run_takes(in_superb_workspace, tmp_path, capsys):
+    """Also of wav2vec 2.0, which is no student."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    sizes |= {"num_attention_heads": 2, "conv_dim": (8,) * 7, "num_conv_pos_embeddings": 4}
+    config = transformers.Wav2Vec2Config(**sizes, num_conv_pos_embedding_groups=2)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "folder")
+    argv = ["superb", f"mine={tmp_path / 'folder'}", "--tasks", "sid", "--recipes", "tiny"]
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert str(tmp_path / "folder") in capsys.readouterr().out
+
+
 def test_dry_run_looks_into_students(in_superb_workspace, tmp_path, capsys):
     path = tmp_path / "text.safetensors"
     path.write_text("no tensors")
@@ -445,6 +457,7 @@ def test_dry_run_looks_into_students(in_superb_workspace, tmp_path, capsys):
         (["fbank", "--tasks", "sid", "--seeds", "1", "1"], "--seeds"),
         (["fbank", "--tasks", "sid", "--jobs", "0"], r"--jobs .*\b0 and 1\b"),
         (["fbank", "--tasks", "sid", "--gpus", "0"], r"--gpus .*\b1 and 0\b"),
+        (["fbank", "--tasks", "sid", "--gpus", "2", "--jobs", "3"], r"--gpus .*\b3 and 2\b"),
         (["fbank", "--tasks", "sid", "--snr", "5"], "--noise FOLDER --snr"),
         (["no_such_model", "--tasks", "sid"], "no_such_model.*run_downstream.py -h"),
         (["fbank", "--tasks", "sid", "--recipe", "sid=x.yaml"], r"x\.yaml.*s3prl-ekd init"),

@@ -4,8 +4,8 @@ Trains the missing teachers, probes teachers and sets of teachers, distils stude
 single teachers and from sets of them, and probes the students in closed form. Each result is a
 small file in tools/study_results, so the same command goes on from what is there, also with more
 seeds. The report, in docs/study.md and docs/study_details.md, is written from the results so far.
-SPEECH has unlabeled.tsv, pr.tsv, sid.tsv, er.tsv, alignments.tsv, the audio they list, lexicon.txt, and
-esc10/. Needs the extras units, plots, demo and align.
+SPEECH has unlabeled.tsv, pr.tsv, sid.tsv, er.tsv, alignments.tsv, the audio they list,
+lexicon.txt, and esc10/. Needs the extras units, plots, demo and align.
 
 example:
   python tools/study.py SPEECH -o study_run --seeds 1 2 --jobs 2 --minutes 160

@@ -136,7 +136,7 @@ def _check_steps(path: str, override: str | None) -> None:
     from ..files.config import apply_overrides, read_yaml
 
     config = read_yaml(path)
-    runner = (apply_overrides(config, override) if override else config).get("runner")
+    runner = apply_overrides(config, override).get("runner")
     total = 0
     for name in ("total_steps", "eval_step", "save_step"):
         value = runner.get(name) if isinstance(runner, dict) else None

@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from ..files.atomic import atomic_file, write_text
-    from ..files.report_file import check_report
+    from ..files.report_file import check_beside, check_report
     from ..probe.conditions import NoisyCondition
     from ..probe.labels import read_labels
     from ..probe.measure import probe
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
         noisy = NoisyCondition(name, find_noises(args.noise), snr, not args.no_room)
     if args.output is not None:
         check_report(args.output / "probe.md", "| upstream |")
-        check_report(args.output / "probe.json", "{")
+        check_beside(args.output / "probe.md", "probe.json", "layers.png")
     results = {}
     for upstream in upstreams:
         module: Any = build_upstream(upstream.hub, upstream.checkpoint).to(device)

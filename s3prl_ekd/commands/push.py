@@ -122,8 +122,8 @@ def _metrics(results: Path | None, source: StudentSource) -> dict[str, TaskMetri
         return found.metrics
     names = ", ".join(found.others) or "none that are finished"
     reason = (
-        f"{folder} has no results of this student (by the contents of the file; upstreams there: "
-        f"{names})"
+        f"{folder} has no results of this student (by the contents of the file, with "
+        f"hidden_states; upstreams there: {names})"
     )
     if results is not None:
         raise SetupError(f"{reason}; give the file that superb evaluated, or leave out --results")

@@ -75,7 +75,10 @@ def configure(parser) -> None:
         "--jobs", type=int, default=1, help="runs in parallel, each on one GPU (default: 1)"
     )
     parser.add_argument(
-        "--gpus", type=int, default=1, help="GPUs of one training, through torchrun (default: 1)"
+        "--gpus",
+        type=int,
+        default=1,
+        help="GPUs of one training, through torchrun, without --jobs (default: 1)",
     )
     parser.add_argument(
         "--cache-features", nargs="?", const="", metavar="DIR",
@@ -139,13 +142,13 @@ def main(args) -> int:
 
 def _check_students(runs) -> None:
     """Load the students among the upstreams, but none that would be downloaded."""
-    from ..teachers.student_source import find_student
+    from ..superb.cost import build_upstream
 
     upstreams = dict.fromkeys(run.upstream for run in runs)
     for upstream in upstreams:
         path = upstream.checkpoint
         if upstream.hub.startswith("ekd_student") and path is not None and Path(path).exists():
-            find_student(path, upstream.name).load()
+            build_upstream(upstream.hub, path)  # as the runs do
 
 
 def _check_upstreams(runs) -> None:

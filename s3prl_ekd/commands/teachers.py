@@ -81,14 +81,14 @@ def _inspect(args: argparse.Namespace) -> int:
     from ..analysis.layers import cka_matrix
     from ..analysis.plots import plot_similarity
     from ..analysis.sample import load_upstreams, sample_layers
-    from ..files.report_file import check_report
+    from ..files.report_file import check_beside, check_report
     from ..system.figures import require_matplotlib
     from ..system.tables import text_table
 
     require_matplotlib()  # before the teachers run for minutes
     make_folder(args.out, SetupError)
     check_report(args.out / "layers.csv", "teacher,layer,")
-    check_report(args.out / "cka.csv", ",")
+    check_beside(args.out / "layers.csv", "cka.csv", "cka.png")
     paths = choose_audio(args.data, args.audio_root, args.utterances, args.seed)
     sample, used = sample_layers(load_upstreams(settings, args.device), paths)
 

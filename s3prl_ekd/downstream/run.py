@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -204,17 +205,13 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
         if not request.config and any(map(os.path.isfile, recipes)):
             hint = f"; add -c {' or '.join(filter(os.path.isfile, recipes))}"  # one for each corpus
         raise ConfigError(f"no such config in this folder: {path}{hint}")
-    config = read_yaml(path)
-    check_override_keys(config, request.override, path)
-    if request.override:
-        config = apply_overrides(config, request.override)
-    reject_code(config, path)
+    fold = request.downstream_variant
+    config = _checked_config(request, request.downstream, fold, read_yaml(path), path)
     task = task_of(request.downstream, config)
     if task is not None and not task.trained and request.mode == "train":
         raise SetupError(
             f"-d {request.downstream} trains nothing; use -m evaluate -t {task.split} -l LAYER"
         )
-    check_splits(request.downstream, config, path, request.split)
     has_checkpoint = request.upstream_ckpt or arguments.keys() & {"upstream", "upstream_ckpt"}
     if (request.upstream or "").startswith("ekd_student") and not has_checkpoint:
         raise CheckpointError(
@@ -222,10 +219,29 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
             "folder or an id of the Hugging Face Hub)"
         )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
+
+
+def _checked_config(
+    request: DownstreamRequest,
+    downstream: str,
+    fold: str | None,
+    config: dict[str, Any],
+    source: str,
+) -> dict[str, Any]:
+    """Apply ``-o`` to a config and check it, and the corpus that it names.
+
+    Args:
+        downstream, fold: of the command, or of the checkpoint that is resumed or evaluated.
+        source: where the config is from, for messages.
+    """
     from .tasks.corpus_check import check_corpus
 
-    fold = request.downstream_variant
-    check_corpus(request.downstream, config, path, request.split, fold=fold)
+    check_override_keys(config, request.override, source)
+    config = apply_overrides(config, request.override)
+    reject_code(config, source)
+    check_splits(downstream, config, source, request.split)
+    check_corpus(downstream, config, source, request.split, fold=fold)
+    return config
 
 
 def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
@@ -250,16 +266,23 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     from .resume import check_upstream_unchanged  # which imports torch
 
     check_upstream_unchanged(states, f"-e {path}", argument_overrides(request.override))
-    config, source = states["Config"], f"the config in {path}"
-    if request.override:
-        config = apply_overrides(config, request.override)
-    reject_code(config, source)
-    from .tasks.corpus_check import check_corpus
-
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
-    check_splits(downstream, config, source, request.split)
     check_fold(fold, f"-e {path}: downstream_variant")
-    check_corpus(downstream, config, source, request.split, fold=fold)
+    _checked_config(request, downstream, fold, states["Config"], f"the config in {path}")
+    if request.mode == "train":
+        _check_processes(path, states)
+
+
+def _check_processes(path: str | None, states: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a training was begun by another number of processes."""
+    begun = int(states.get("WorldSize") or 1)  # only s3prl's torchrun has it
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if begun != processes:
+        start = "without torchrun" if begun == 1 else f"with torchrun --nproc_per_node {begun}"
+        raise CheckpointError(
+            f"-e {path}: the training has {begun} processes, and cannot be resumed with "
+            f"{processes}; start it {start}"
+        )
 
 
 def check_same_options(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
@@ -454,15 +477,31 @@ def task_runner(runner: Any) -> Any:
             return result
 
         def _get_featurizer(self):
+            layer = self.args.upstream_layer_selection
             try:
-                return super()._get_featurizer()
+                featurizer = super()._get_featurizer()
             except IndexError:
-                raise SetupError(
-                    f"-l {self.args.upstream_layer_selection}: the upstream has no such layer; the "
-                    "first one is 0, the last one -1"
-                ) from None
+                if layer is None:
+                    raise
+            else:
+                # where there is one layer, s3prl ignores -l
+                if layer in (None, 0, -1) or _has_layers(self.upstream.model, self.args):
+                    return featurizer
+            raise SetupError(
+                f"-l {layer}: the upstream has no such layer; the first one is 0, the last one -1"
+            )
 
     return TaskRunner
+
+
+def _has_layers(upstream: Any, args: Namespace) -> bool:
+    """Whether the features that s3prl selects are those of two layers or more."""
+    import torch
+
+    with torch.no_grad():
+        features = upstream([torch.zeros(16_000, device=args.device)])
+    selected = features.get(args.upstream_feature_selection, features.get("hidden_states"))
+    return isinstance(selected, (list, tuple, dict)) and len(selected) > 1
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ConfigError, TeacherError, first_line
 from ..files.atomic import file_sha256
 from ..files.config import to_plain_data
 from ..files.config_diff import config_differences, describe_changes
+from ..files.hub import parse_hub_id
 from ..files.run_checkpoints import newest_checkpoint, read_checkpoint
 from ..request import DownstreamRequest
 from .selection import PosteriorSelection, select_posteriors, soft_label_loss
@@ -179,7 +180,8 @@ def _check_run(args: Namespace, config: dict, path: str) -> None:
         )
     files = {f"the checkpoint of its upstream {name}": source, "its dictionary": dictionary}
     for noun, file in files.items():
-        if file and "://" not in str(file) and not Path(str(file)).is_file():
+        found = not file or "://" in str(file) or Path(str(file)).exists()
+        if not found and (noun == "its dictionary" or parse_hub_id(str(file)) is None):
             raise CheckpointError(
                 f"{path}: {noun}, {file}, does not exist; start from the folder where the run was "
                 "trained"

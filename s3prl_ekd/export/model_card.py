@@ -367,7 +367,9 @@ def _how_made(about: Mapping[str, Any], data: str = "") -> list[str]:
         lines.append(f"- first weights: the student file `{file}`")
     elif config:
         init = _mapping(config, "init")
-        source = init.get("teacher") or ", ".join(init.get("average") or ()) or "random weights"
+        average = init.get("average")
+        source = ", ".join(map(str, average)) if isinstance(average, list) else ""
+        source = init.get("teacher") or source or "random weights"
         lines.append(f"- first weights: {source}")
     pruned = _mapping(about, "pruned")
     if pruned:

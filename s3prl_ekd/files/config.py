@@ -285,8 +285,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
-    """Apply s3prl's ``-o "config.a.b=1,,config.c='x'"`` to a copy of ``data``.
+def apply_overrides(data: dict[str, Any], overrides: str | None) -> dict[str, Any]:
+    """Apply s3prl's ``-o "config.a.b=1,,config.c='x'"``, if any, to a copy of ``data``.
 
     Values are numbers, quoted strings and lists of them. Any other value is taken as a string, as
     in s3prl, unless it contains brackets or quotes: it may then be code and is rejected.
@@ -296,7 +296,7 @@ def apply_overrides(data: dict[str, Any], overrides: str) -> dict[str, Any]:
         ConfigError: a key or a value is not of this form.
     """
     data = copy.deepcopy(data)
-    for key, equals, text in split_overrides(overrides):
+    for key, equals, text in split_overrides(overrides) if overrides else ():
         form = "write config.KEY.KEY=VALUE, several joined by ,,"
         if not equals:
             raise ConfigError(f"-o {key!r}: {form}")

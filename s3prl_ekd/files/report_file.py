@@ -24,9 +24,24 @@ def check_report(path: Path, begin: str) -> None:
         raise SetupError(f"cannot write {path}: it is a folder, expected a file name")
     make_folder(path.parent, SetupError)
     if path.exists() and not (path.is_file() and _begins(path, begin.encode())):
-        raise SetupError(
-            f"{path} exists and was not written by this command; choose another name, or remove it"
-        )
+        raise _not_ours(path)
+
+
+def check_beside(report: Path, *names: str) -> None:
+    """Check that files are there only if ``report``, which is written with them, is there, too.
+
+    Raises:
+        SetupError: a file that the command did not write.
+    """
+    for path in (report.with_name(name) for name in names):
+        if path.exists() and not report.exists():
+            raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> SetupError:
+    return SetupError(
+        f"{path} exists and was not written by this command; choose another name, or remove it"
+    )
 
 
 def _begins(path: Path, begin: bytes) -> bool:

@@ -117,7 +117,7 @@ def choose_tasks(
     for reason in reasons:
         note(f"not probed: {reason}")
     for task in tasks:
-        if task.label == "phones" and len(task.excerpts) < sum(bool(u.segments) for u in usable):
+        if task.label == "phones" and len(task.excerpts) < len(_aligned(usable)):
             note(f"phones: {len(task.excerpts)} utterances, an hour, evenly spaced in the manifest")
     return tasks
 
@@ -144,8 +144,12 @@ def _by_speaker(
     return ProbeTask(label, tuple(excerpts))
 
 
+def _aligned(utterances: Sequence[LabelledUtterance]) -> list[LabelledUtterance]:
+    return [u for u in utterances if any(s.phone != SILENCE for s in u.segments)]
+
+
 def _phone_task(utterances: Sequence[LabelledUtterance], lengths: Lengths) -> ProbeTask:
-    aligned = [u for u in utterances if any(s.phone != SILENCE for s in u.segments)]
+    aligned = _aligned(utterances)
     total = sum(lengths[u] for u in aligned)
     if total > PHONE_SAMPLES:
         step = total / PHONE_SAMPLES

@@ -156,8 +156,7 @@ class Recipe:
 
     @property
     def config(self) -> dict[str, Any]:
-        config = read_yaml(self.path)
-        return apply_overrides(config, self.overrides) if self.overrides else config
+        return apply_overrides(read_yaml(self.path), self.overrides)
 
     def check(self, folder: Path) -> None:
         """Raise ConfigError if a path in the recipe, or a file in its lists, is missing."""
@@ -443,8 +442,11 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
     """
     tasks = choose_tasks(args.tasks or DEFAULT_TASKS)
     seeds = args.seeds or [SEED]
-    if args.jobs < 1 or args.gpus < 1:
-        raise SetupError(f"--jobs and --gpus must be 1 or more, got {args.jobs} and {args.gpus}")
+    if min(args.jobs, args.gpus) < 1 or min(args.jobs, args.gpus) > 1:
+        raise SetupError(
+            "--jobs and --gpus must be 1 or more, and not both above 1, got "
+            f"{args.jobs} and {args.gpus}"
+        )
     if len(set(seeds)) < len(seeds):
         raise SetupError(f"--seeds must differ, got {' '.join(map(str, seeds))}")
     upstreams = [parse_upstream(text, args.selection) for text in args.upstreams]
@@ -492,7 +494,8 @@ def _learning_rates(recipe: Recipe, text: str | None) -> Sequence[float | None]:
         key = "optimizer.lr"
         own: float = _number(f"{recipe.path}: {key}", str(value_at(recipe.config, key)), float)
         published = task.published_rates if recipe.path == task.full else ()
-        return sorted({own / 10, own, 10 * own, *published}) if text else [own]
+        grid = (float(f"{rate:g}") for rate in (own / 10, 10 * own))  # as they would be typed
+        return sorted({own, *grid, *published}) if text else [own]
     texts = str(text).split(",")
     if SEARCH in texts:
         raise SetupError(f"--lr {SEARCH} cannot be combined with other rates, got {text}")

@@ -200,8 +200,8 @@ def run_plan(
 def _run(run: PlannedRun, gpus: int, processes: Jobs, environment: dict[str, str]) -> None:
     make_folder(run.folder, SetupError)
     log = run.folder / "log.txt"
-    # The first lock excludes a second `superb`. The second one is held by training and tests:
-    # wait for a child process whose `superb` was killed.
+    # The first lock excludes a second `superb`. The second one is held by a training: wait for a
+    # child process whose `superb` was killed.
     with FolderLock(run.folder, PARENT_LOCK):
         with FolderLock(run.folder, wait=ORPHAN_TIMEOUT):
             pass

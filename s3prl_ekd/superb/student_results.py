@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DataError
 from .metrics import TaskMetric
 from .plan import Upstream
 from .report import make_report
@@ -33,15 +34,20 @@ def student_results(folders: Sequence[Path], checkpoint: str) -> StudentResults:
         checkpoint: as given to ``superb``: the path of a file or folder, or a pinned id.
 
     Raises:
-        DataError: see :func:`.read_results` and :func:`.make_report`.
+        DataError: the student has results under several names; see also :func:`.read_results` and
+            :func:`.make_report`.
     """
     results = read_results(folders)
     digest = Upstream("student", "ekd_student", checkpoint).digest
     runs = tuple(run for run in results.runs if run.model == digest)
     if not runs:
         return StudentResults({}, results.upstreams)
-    name = runs[0].upstream  # the same file may have been evaluated under several names
-    runs = tuple(run for run in runs if run.upstream == name)
+    name, *others = dict.fromkeys(run.upstream for run in runs)
+    if others:  # perhaps with other recipes
+        raise DataError(
+            f"the student was evaluated as {name} and as {', '.join(others)}; move the folders of "
+            "all names but one to another place"
+        )
     unfinished = tuple(folder for folder in results.unfinished if name in folder.parts)
     report = make_report(Results(runs, unfinished, {}))
     metrics = {

@@ -77,6 +77,11 @@ def check_output(path: Path, force: bool) -> None:
         raise CheckpointError(f"{path} exists; add --force to write over it")
 
 
+def heads_text(loaded: LoadedStudent, kept: bool) -> str:
+    """What became of the prediction heads of a file."""
+    return "no heads" if loaded.heads is None else f"heads {'kept' if kept else 'dropped'}"
+
+
 def load_checkpoint(checkpoint: Path) -> tuple[StudentSource, LoadedStudent]:
     """Find and load a student.
 

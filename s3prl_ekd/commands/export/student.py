@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from . import add_heads, check_output, load_checkpoint
+from . import add_heads, check_output, heads_text, load_checkpoint
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
         count += sum(p.numel() for p in heads.parameters())
     step = loaded.about.get("step")
     print(f"{source}{f' (step {step})' if step is not None else ''} -> {args.output}")
-    print(f"{count:,} parameters, heads {'kept' if heads else 'dropped'}")
+    print(f"{count:,} parameters, {heads_text(loaded, heads is not None)}")
     path = shlex.quote(str(args.output))
     print(f"next: run_downstream.py -m train -u ekd_student -k {path} -d asr -n my_asr")
     return 0

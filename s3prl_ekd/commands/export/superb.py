@@ -18,7 +18,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import add_heads, load_checkpoint
+from . import add_heads, heads_text, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         name, heads = args.output.resolve().name, contents["config"]["heads"]
         card = package_card(loaded, heads, cost, name, args.data)
         write_package(contents, card, folder)
-    print(f"{source} -> {args.output}, heads {'kept' if keep else 'dropped'}")
+    print(f"{source} -> {args.output}, {heads_text(loaded, keep)}")
     print_cost(cost)
     print(f"largest difference from the student's hidden states on a padded batch: {error:.1e}")
     print(f"next: s3prl-ekd validate {shlex.quote(str(args.output))}")
