@@ -205,8 +205,7 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
         if not request.config and any(map(os.path.isfile, recipes)):
             hint = f"; add -c {' or '.join(filter(os.path.isfile, recipes))}"  # one for each corpus
         raise ConfigError(f"no such config in this folder: {path}{hint}")
-    fold = request.downstream_variant
-    config = _checked_config(request, request.downstream, fold, read_yaml(path), path)
+    config = _overridden_config(request, read_yaml(path), path)
     task = task_of(request.downstream, config)
     if task is not None and not task.trained and request.mode == "train":
         raise SetupError(
@@ -219,29 +218,27 @@ def check_new_downstream(request: DownstreamRequest, states: Mapping[str, Any]) 
             "folder or an id of the Hugging Face Hub)"
         )
     check_upstream_paths(request.upstream, request.upstream_ckpt, request.upstream_model_config)
+    _check_data(request.downstream, config, path, request.split, request.downstream_variant)
 
 
-def _checked_config(
-    request: DownstreamRequest,
-    downstream: str,
-    fold: str | None,
-    config: dict[str, Any],
-    source: str,
+def _overridden_config(
+    request: DownstreamRequest, config: dict[str, Any], source: str
 ) -> dict[str, Any]:
-    """Apply ``-o`` to a config and check it, and the corpus that it names.
-
-    Args:
-        downstream, fold: of the command, or of the checkpoint that is resumed or evaluated.
-        source: where the config is from, for messages.
-    """
-    from .tasks.corpus_check import check_corpus
-
+    """Apply ``-o`` to a config from ``source``, and check both."""
     check_override_keys(config, request.override, source)
     config = apply_overrides(config, request.override)
     reject_code(config, source)
-    check_splits(downstream, config, source, request.split)
-    check_corpus(downstream, config, source, request.split, fold=fold)
     return config
+
+
+def _check_data(
+    downstream: str, config: dict[str, Any], source: str, split: str | None, fold: str | None
+) -> None:
+    """Check the splits of a config and the corpus that it names."""
+    from .tasks.corpus_check import check_corpus
+
+    check_splits(downstream, config, source, split)
+    check_corpus(downstream, config, source, split, fold=fold)
 
 
 def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, Any]) -> None:
@@ -268,7 +265,9 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
     check_upstream_unchanged(states, f"-e {path}", argument_overrides(request.override))
     downstream, fold = args.get("downstream"), args.get("downstream_variant")
     check_fold(fold, f"-e {path}: downstream_variant")
-    _checked_config(request, downstream, fold, states["Config"], f"the config in {path}")
+    source = f"the config in {path}"
+    config = _overridden_config(request, states["Config"], source)
+    _check_data(str(downstream), config, source, request.split, fold)
     if request.mode == "train":
         _check_processes(path, states)
 
