@@ -41,6 +41,7 @@ from ..request import (
     log_moved,
     script_guards,
 )
+from ..system import torchrun
 from ..system.lock import LOCK_FILE
 from ..teachers.student_source import check_student, contents_sha256, find_student, pin_student
 from .tasks import TASKS, task_of
@@ -274,8 +275,9 @@ def check_resumed_downstream(request: DownstreamRequest, states: Mapping[str, An
 
 def _check_processes(path: str | None, states: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a training was begun by another number of processes."""
-    begun = int(states.get("WorldSize") or 1)  # only s3prl's torchrun has it
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    saved = states.get("WorldSize")  # only of a run by torchrun
+    begun = saved if type(saved) is int else 1
+    processes = torchrun.processes()
     if begun != processes:
         start = "without torchrun" if begun == 1 else f"with torchrun --nproc_per_node {begun}"
         raise CheckpointError(

@@ -13,9 +13,14 @@ def torchrun_command(argv: Sequence[str], processes: int) -> list[str]:
     return ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "s3prl_ekd", *argv]
 
 
+def processes() -> int:
+    """The number of processes that torchrun has started; 1 without it."""
+    return _number("WORLD_SIZE", 1)
+
+
 def is_distributed() -> bool:
     """Whether torchrun has started more than one process."""
-    return _number("WORLD_SIZE", 1) > 1
+    return processes() > 1
 
 
 def rank() -> int:
