@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
 
 from ..errors import ConfigError, SetupError
+from ..system import torchrun
 from ..system.seeds import seed_number
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Check the request, load the teachers, train, print the next command."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torchrun.is_distributed():
         raise SetupError("s3prl-ekd essence works in one process only; start it without torchrun")
     override = _override(args)
 
