@@ -18,7 +18,7 @@ from .conftest import write_configs
 
 PACKAGE = Path(s3prl_ekd.__file__).parent
 CALLS = 7
-LINES = 10_080  # of code in the imported modules; the goal is 6,000
+LINES = 10_085  # of code in the imported modules; the goal is 6,000
 
 # Runs, and writes to OUT this package's frames around the loss, and the paths of all modules.
 PROBE = f"""
