@@ -49,7 +49,7 @@ def collect_audio(
             key, or ``audio_root`` without a manifest.
     """
     if audio_root is not None and not any(map(is_manifest, paths)):
-        raise DataError("--audio-root is for manifests, and there is none; leave it out")
+        raise DataError("--audio-root is for manifests, but none is given; leave it out")
     audio: dict[str, AudioPart] = {}
 
     def add(key: str, part: AudioPart) -> None:

@@ -84,7 +84,7 @@ class RecipeOptions:
         for option, values in (("rows", self.rows), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise SetupError(f"--{option} must differ, got {' '.join(map(str, values))}")
-        if self.gpus < 1 or self.jobs < 1 or min(self.gpus, self.jobs) > 1:
+        if min(self.gpus, self.jobs) != 1:
             raise SetupError(
                 "--gpus (of one training) and --jobs (students at a time) must be 1 or more, and "
                 f"one of them 1, got {self.gpus} and {self.jobs}"

@@ -442,7 +442,7 @@ def plan_runs(args: Namespace) -> list[PlannedRun]:
     """
     tasks = choose_tasks(args.tasks or DEFAULT_TASKS)
     seeds = args.seeds or [SEED]
-    if min(args.jobs, args.gpus) < 1 or min(args.jobs, args.gpus) > 1:
+    if min(args.jobs, args.gpus) != 1:
         raise SetupError(
             "--jobs and --gpus must be 1 or more, and not both above 1, got "
             f"{args.jobs} and {args.gpus}"
